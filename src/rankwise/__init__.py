@@ -1,0 +1,32 @@
+"""rankwise: learning with low-rank structure.
+
+Sub-packages load on first use, so ``import rankwise`` needs neither transformers nor matplotlib:
+
+``rankwise.spectral``        truncated SVD, ranks, angles between subspaces
+``rankwise.factorizations``  matrices kept as products, and their invariant subspaces
+``rankwise.adapters``        Deep LoRA as a PEFT method
+``rankwise.finetuning``      tasks and runs behind ``rankwise finetune``
+``rankwise.diagnostics``     reports
+"""
+
+import importlib
+import logging
+from types import ModuleType
+
+from rankwise._version import __version__
+
+__all__ = ["__version__", "adapters", "diagnostics", "factorizations", "finetuning", "spectral"]
+
+logging.getLogger("rankwise").addHandler(logging.NullHandler())
+
+_ROOMS = {"adapters", "diagnostics", "factorizations", "finetuning", "spectral", "testing"}
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _ROOMS:
+        return importlib.import_module(f"rankwise.{name}")
+    raise AttributeError(f"module 'rankwise' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ROOMS})

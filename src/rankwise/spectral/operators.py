@@ -1,0 +1,201 @@
+"""Matrices given by their products: what a truncated SVD needs of a matrix too large to write out."""
+
+from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from rankwise.spectral.precision import compute_dtype
+
+
+@runtime_checkable
+class MatrixOperator(Protocol):
+    """A matrix A known by its products. ``dtype`` is the dtype the products come in (float32 or float64)."""
+
+    @property
+    def shape(self) -> tuple[int, int]: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def device(self) -> torch.device: ...
+    def matmul(self, X: Tensor) -> Tensor:
+        """A @ X."""
+        ...
+
+    def rmatmul(self, X: Tensor) -> Tensor:
+        """Aᵀ @ X."""
+        ...
+
+    def squared_norm(self) -> float:
+        """‖A‖_F², computed exactly."""
+        ...
+
+
+class DenseMatrix:
+    """A stored (dense or sparse) torch matrix behind the operator protocol."""
+
+    def __init__(self, matrix: Tensor):
+        self.matrix = matrix.to(compute_dtype(matrix.dtype))
+        # Sparse layouts have no cheap transposed product through .mT on every backend; keep the transpose once.
+        self._transpose = self.matrix.mT if matrix.layout == torch.strided else self.matrix.t().coalesce()
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.matrix.shape[0], self.matrix.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.matrix.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.matrix.device
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self.matrix @ X
+
+    def rmatmul(self, X: Tensor) -> Tensor:
+        return self._transpose @ X
+
+    def squared_norm(self) -> float:
+        values = self.matrix if self.matrix.layout == torch.strided else self.matrix.values()
+        return float(values.square().sum(dtype=torch.float64))
+
+
+class OuterProduct:
+    """Σ_i left_i right_iᵀ kept as its N pairs: a linear layer's weight gradient before anybody multiplies it out.
+
+    Args:
+        left: (N, m), for a gradient the derivative of the loss by the layer's outputs.
+        right: (N, n), for a gradient the layer's inputs.
+    """
+
+    def __init__(self, left: Float[Tensor, "N m"], right: Float[Tensor, "N n"]):
+        if left.ndim != 2 or right.ndim != 2 or left.shape[0] != right.shape[0]:
+            raise ValueError(
+                "expected two matrices with the same number of rows, "
+                f"got shapes {tuple(left.shape)} and {tuple(right.shape)}"
+            )
+        dtype = compute_dtype(torch.promote_types(left.dtype, right.dtype))
+        self.left, self.right = left.to(dtype), right.to(dtype)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.left.shape[1], self.right.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.left.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.left.device
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return self.left.mT @ (self.right @ X)
+
+    def rmatmul(self, X: Tensor) -> Tensor:
+        return self.right.mT @ (self.left @ X)
+
+    def squared_norm(self) -> float:
+        # ‖ΣδxT‖² = <δδᵀ, xxᵀ>: N×N instead of m×n, and N is small where this class is used.
+        gram = (self.left @ self.left.mT) * (self.right @ self.right.mT)
+        return float(gram.sum(dtype=torch.float64))
+
+
+class SparseRows:
+    """A matrix with few non-zero rows: the gradient of an embedding table.
+
+    Args:
+        rows: (N,) distinct row numbers.
+        values: (N, n), their content.
+        num_rows: number of rows of the whole matrix.
+    """
+
+    def __init__(self, rows: Int[Tensor, " N"], values: Float[Tensor, "N n"], num_rows: int):
+        if rows.ndim != 1 or values.ndim != 2 or rows.shape[0] != values.shape[0]:
+            raise ValueError(f"expected N rows and N×n values, got shapes {tuple(rows.shape)} and {tuple(values.shape)}")
+        if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
+            raise ValueError(f"row numbers must lie in [0, {num_rows}), got {int(rows.min())} to {int(rows.max())}")
+        if rows.unique().numel() != rows.numel():
+            raise ValueError("row numbers must be distinct; add up the values of repeated rows first")
+        self.rows, self.values, self.num_rows = rows, values.to(compute_dtype(values.dtype)), num_rows
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.num_rows, self.values.shape[1]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def matmul(self, X: Tensor) -> Tensor:
+        out = X.new_zeros(self.num_rows, X.shape[1])
+        return out.index_copy_(0, self.rows, self.values @ X)
+
+    def rmatmul(self, X: Tensor) -> Tensor:
+        return self.values.mT @ X[self.rows]
+
+    def squared_norm(self) -> float:
+        return float(self.values.square().sum(dtype=torch.float64))
+
+
+class SumOfOperators:
+    """A₁ + A₂ + …, for gradients that arrive in several pieces."""
+
+    def __init__(self, terms: Sequence[MatrixOperator]):
+        shapes = {term.shape for term in terms}
+        if len(shapes) != 1:
+            raise ValueError(f"expected one or more terms of one shape, got shapes {sorted(shapes)}")
+        self.terms = list(terms)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.terms[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.terms[0].dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.terms[0].device
+
+    def matmul(self, X: Tensor) -> Tensor:
+        return torch.stack([term.matmul(X) for term in self.terms]).sum(0)
+
+    def rmatmul(self, X: Tensor) -> Tensor:
+        return torch.stack([term.rmatmul(X) for term in self.terms]).sum(0)
+
+    def squared_norm(self) -> float:
+        # Cross terms have no cheap closed form; multiply out blockwise against the identity of the smaller side.
+        m, n = self.shape
+        total, block = 0.0, 256
+        small, product = (m, self.rmatmul) if m <= n else (n, self.matmul)
+        for start in range(0, small, block):
+            unit = torch.zeros(small, min(block, small - start), dtype=self.dtype, device=self.device)
+            unit[range(start, start + unit.shape[1]), range(unit.shape[1])] = 1
+            total += float(product(unit).square().sum(dtype=torch.float64))
+        return total
+
+
+def as_operator(matrix: "Tensor | MatrixOperator") -> MatrixOperator:
+    """A tensor as an operator; an operator as itself."""
+    if isinstance(matrix, Tensor):
+        if matrix.ndim != 2 or 0 in matrix.shape:
+            raise ValueError(f"expected a non-empty 2-D matrix, got shape {tuple(matrix.shape)}")
+        if matrix.layout == torch.sparse_csr:
+            matrix = matrix.to_sparse_coo()
+        return DenseMatrix(matrix.coalesce() if matrix.layout == torch.sparse_coo else matrix)
+    if not isinstance(matrix, MatrixOperator):
+        raise TypeError(
+            "expected a 2-D tensor or an operator with shape, dtype, device, matmul, rmatmul and squared_norm, "
+            f"got {type(matrix).__name__}"
+        )
+    return matrix
