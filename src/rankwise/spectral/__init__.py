@@ -1,6 +1,6 @@
 """Pure tensor maths: truncated SVD, ranks, subspaces, orthonormal frames."""
 
-from rankwise.spectral.operators import MatrixOperator, OuterProduct, SparseRows, SumOfOperators
+from rankwise.spectral.operators import MatrixOperator, OuterProduct, SparseRows
 from rankwise.spectral.orthogonal import haar_frame
 from rankwise.spectral.rank import (
     effective_rank,
@@ -22,7 +22,6 @@ __all__ = [
     "MatrixOperator",
     "OuterProduct",
     "SparseRows",
-    "SumOfOperators",
     "TruncatedSVD",
     "effective_rank",
     "haar_frame",

@@ -1,6 +1,5 @@
 """Matrices given by their products: what a truncated SVD needs of a matrix too large to write out."""
 
-from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -144,45 +143,6 @@ class SparseRows:
 
     def squared_norm(self) -> float:
         return float(self.values.square().sum(dtype=torch.float64))
-
-
-class SumOfOperators:
-    """A₁ + A₂ + …, for gradients that arrive in several pieces."""
-
-    def __init__(self, terms: Sequence[MatrixOperator]):
-        shapes = {term.shape for term in terms}
-        if len(shapes) != 1:
-            raise ValueError(f"expected one or more terms of one shape, got shapes {sorted(shapes)}")
-        self.terms = list(terms)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return self.terms[0].shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.terms[0].dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.terms[0].device
-
-    def matmul(self, X: Tensor) -> Tensor:
-        return torch.stack([term.matmul(X) for term in self.terms]).sum(0)
-
-    def rmatmul(self, X: Tensor) -> Tensor:
-        return torch.stack([term.rmatmul(X) for term in self.terms]).sum(0)
-
-    def squared_norm(self) -> float:
-        # Cross terms have no cheap closed form; multiply out blockwise against the identity of the smaller side.
-        m, n = self.shape
-        total, block = 0.0, 256
-        small, product = (m, self.rmatmul) if m <= n else (n, self.matmul)
-        for start in range(0, small, block):
-            unit = torch.zeros(small, min(block, small - start), dtype=self.dtype, device=self.device)
-            unit[range(start, start + unit.shape[1]), range(unit.shape[1])] = 1
-            total += float(product(unit).square().sum(dtype=torch.float64))
-        return total
 
 
 def as_operator(matrix: "Tensor | MatrixOperator") -> MatrixOperator:

@@ -1,0 +1,1 @@
+"""Side-by-side measurements; each script writes JSON under benchmarks/results/."""

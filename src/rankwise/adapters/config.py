@@ -1,0 +1,101 @@
+"""Settings of a Deep LoRA adapter."""
+
+import math
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from rankwise.adapters.registration import DeepLoraPeftType
+from rankwise.factorizations.invariant_subspaces import VARIANTS
+
+FORMAT_VERSION = 1
+
+
+@dataclass
+class DeepLoraConfig(PeftConfig):
+    """Deep LoRA: y = W₀x + U(W̃_L⋯W̃_1 − ε^L·I)Vᵀx (ICML 2024, eq. 12, compressed as in §2.3).
+
+    ``r`` is the width of U and V, so an adapter with ``r=8`` has LoRA's size at r=8 plus ``inner_depth·r²`` numbers a
+    layer. There is no α: the update needs no scale, and the rank that training leaves in it is usually far below r.
+
+    Example:
+        >>> from rankwise.adapters import DeepLoraConfig
+        >>> DeepLoraConfig(r=4, target_modules=["query", "value"]).inner_depth
+        3
+    """
+
+    r: int = field(default=8, metadata={"help": "Width of U and V; an upper bound on the rank of every update."})
+    inner_depth: int = field(default=3, metadata={"help": "Number L of r×r inner factors; 1 gives C·B·A."})
+    init_scale: float = field(default=1e-3, metadata={"help": "Inner factors start at ε·I; this is ε."})
+    variant: str = field(
+        default="compressed",
+        metadata={
+            "help": "How U and V come from the first gradient: 'compressed' (the paper's), 'spectral' (top directions "
+            "of -G), 'random' (no gradient)."
+        },
+    )
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Names or a regex of the linear layers to adapt. None and 'all-linear' mean every nn.Linear but "
+            "the output head and layers with min(in, out) <= r."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or a regex of layers to leave alone."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Other widths for some layers: {name or regex: r}."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Only these layer numbers (with target_modules as a list)."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the list of layers that the numbers index."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules trained in full and saved beside the adapter, such as a head."}
+    )
+    bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'deeplora_only'."})
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    fan_in_fan_out: bool = field(default=False, metadata={"help": "True if the layer stores (in, out) weights."})
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "True starts as an exact no-op; False draws random inner factors, for tests."},
+    )
+    format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved layout."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = DeepLoraPeftType.DEEPLORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches on sets
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        self._check()
+
+    def _check(self) -> None:
+        for name, width in [("r", self.r), *self.rank_pattern.items()]:
+            if not isinstance(width, int) or width < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {width!r}")
+        if not isinstance(self.inner_depth, int) or self.inner_depth < 1:
+            raise ValueError(f"inner_depth must be a whole number of at least 1, got {self.inner_depth!r}")
+        if not (math.isfinite(self.init_scale) and self.init_scale > 0):
+            raise ValueError(
+                f"init_scale must be positive (at 0 the inner factors have no gradient), got {self.init_scale!r}"
+            )
+        if self.variant not in VARIANTS:
+            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        if self.bias not in ("none", "all", "deeplora_only"):
+            raise ValueError(f"bias must be 'none', 'all' or 'deeplora_only', got {self.bias!r}")
+        if self.format_version > FORMAT_VERSION:
+            raise ValueError(
+                f"this adapter was saved in format {self.format_version}, this rankwise reads up to {FORMAT_VERSION}; "
+                "upgrade rankwise to load it"
+            )
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("layers_to_transform works with target_modules as a list of names, not a single string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("layers_pattern says which list layers_to_transform indexes; give layers_to_transform too")

@@ -1,0 +1,309 @@
+"""Placing U and V from the first gradient of the user's own loss."""
+
+import itertools
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from rankwise.adapters.files import save_tensors
+from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
+from rankwise.adapters.layer import DeepLoraLayer
+from rankwise.factorizations import InvariantSubspaces, invariant_subspaces
+from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd
+from rankwise.spectral.operators import DenseMatrix
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass(frozen=True)
+class LayerInitialization:
+    """What one layer started from.
+
+    ``captured`` is the share of ‖G‖_F² in the gradient directions used; nan where no gradient was needed.
+    """
+
+    name: str
+    width: int
+    gradient_norm: float
+    captured: float
+
+
+@dataclass(frozen=True)
+class InitializationSummary:
+    """The start of every layer, the loss it was measured at (averaged over batches), and the time it took."""
+
+    layers: list[LayerInitialization]
+    loss: float
+    seconds: float
+
+    @property
+    def captured(self) -> float:
+        """Share of the whole gradient's energy: Σ captured·‖G‖² / Σ‖G‖²."""
+        energy = sum(layer.gradient_norm**2 for layer in self.layers)
+        return sum(layer.captured * layer.gradient_norm**2 for layer in self.layers) / energy if energy else float("nan")
+
+    def __str__(self) -> str:
+        rows = [f"{'layer':<48} {'width':>5} {'|G|':>10} {'captured':>9}"]
+        rows += [f"{x.name:<48} {x.width:>5} {x.gradient_norm:>10.3g} {x.captured:>9.1%}" for x in self.layers]
+        return "\n".join([*rows, f"loss {self.loss:.4g}, {self.captured:.1%} captured, {self.seconds:.2f} s"])
+
+
+def initialize_deeplora_weights(
+    model: nn.Module,
+    batches: Iterable[Any] | None = None,
+    *,
+    loss_fn: Loss | None = None,
+    num_batches: int = 1,
+    adapter_name: str = "default",
+    seed: int = 0,
+    subspaces: str | os.PathLike[str] | None = None,
+) -> InitializationSummary:
+    """Set U and V of every Deep LoRA layer from the gradient of the unadapted model, inner factors to ε·I.
+
+    The adapter stays an exact no-op: only the directions in which it will learn are chosen. Each layer's gradient is
+    decomposed and dropped during the backward pass, so the extra peak is about one layer's weight. With several
+    batches the running sum is kept in factored form, at four times the directions needed (at least 32).
+
+    Base weights, gradients (``.grad``), ``requires_grad``, train/eval flags and the global random state stay as they
+    were. The model runs in eval mode, in the dtype and autocast context of the caller.
+
+    Args:
+        model: a model with Deep LoRA layers, usually from ``get_peft_model(model, DeepLoraConfig(...))``.
+        batches: iterable of dicts of tensors (a DataLoader does); only the first ``num_batches`` are drawn. Not
+            needed for the ``random`` variant.
+        loss_fn: ``loss_fn(model, batch) -> scalar tensor``; by default ``model(**batch).loss``.
+        num_batches: how many batches to average the gradient over.
+        adapter_name: which adapter.
+        seed: seeds the random parts of the frames; the same seed and batches give the same frames.
+        subspaces: a file of :func:`save_subspaces` to take the frames from instead.
+
+    Returns:
+        :class:`InitializationSummary`: printable, with the captured share of ‖G‖² per layer.
+
+    Raises:
+        ValueError: no such adapter, merged adapters, no batches, a layer whose gradient is zero or not finite, a loss
+            that is not one finite number, or a subspace file that does not fit. The adapter is then unchanged.
+
+    Example:
+        >>> import torch
+        >>> from peft import get_peft_model
+        >>> from torch import nn
+        >>> from rankwise.adapters import DeepLoraConfig, initialize_deeplora_weights
+        >>> _ = torch.manual_seed(0)
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), DeepLoraConfig(r=4, target_modules=["0"]))
+        >>> batch = {"x": torch.randn(8, 16), "y": torch.randn(8, 12)}
+        >>> loss = lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean()
+        >>> summary = initialize_deeplora_weights(model, [batch], loss_fn=loss)
+        >>> [layer.name for layer in summary.layers], 0 < summary.captured <= 1
+        (['0'], True)
+    """
+    start = time.perf_counter()
+    layers = _layers_with(model, adapter_name)
+    generator = torch.Generator().manual_seed(seed)
+    if subspaces is not None:
+        _load_subspaces(layers, adapter_name, Path(subspaces))
+        rows = [LayerInitialization(n, x.r[adapter_name], float("nan"), float("nan")) for n, x in layers.items()]
+        return InitializationSummary(rows, float("nan"), time.perf_counter() - start)
+
+    variant = _variant(model, adapter_name)
+    loss = float("nan")
+    if variant == "random":
+        found = {name: _frames(_shape_only(layer), layer.r[adapter_name], variant, generator) for name, layer in layers.items()}
+    else:
+        found, loss = _frames_from_gradient(
+            model, layers, adapter_name, variant, _first(batches, num_batches), loss_fn, generator
+        )
+    for name, layer in layers.items():
+        layer.set_frames(adapter_name, found[name].left, found[name].right)
+    rows = [
+        LayerInitialization(name, layer.r[adapter_name], found[name].gradient_norm, found[name].captured)
+        for name, layer in layers.items()
+    ]
+    return InitializationSummary(rows, loss, time.perf_counter() - start)
+
+
+def save_subspaces(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
+    """Write the current U and V of every layer to a safetensors file, for ``initialize_deeplora_weights(subspaces=…)``.
+
+    Call it right after initialization: training moves the frames.
+    """
+    tensors = {}
+    for name, layer in _layers_with(model, adapter_name).items():
+        tensors[f"{name}.left"] = layer.deeplora_left[adapter_name].weight.detach()
+        tensors[f"{name}.right"] = layer.deeplora_right[adapter_name].weight.detach().mT
+    save_tensors(tensors, Path(path), kind="deeplora-subspaces")
+
+
+def _frames_from_gradient(
+    model: nn.Module,
+    layers: dict[str, DeepLoraLayer],
+    adapter_name: str,
+    variant: str,
+    batches: list[Any],
+    loss_fn: Loss | None,
+    generator: torch.Generator,
+) -> tuple[dict[str, InvariantSubspaces], float]:
+    found: dict[str, InvariantSubspaces] = {}
+    running: dict[str, OuterProduct] = {}
+    problems: dict[str, str] = {}
+    # Seeds per layer, not one stream: the frames must not depend on the order in which backward reaches the layers.
+    seeds = dict(zip(layers, torch.randint(2**62, (len(layers),), generator=generator).tolist(), strict=True))
+    is_last = False
+
+    def consume(name: str, gradient: LayerGradient) -> None:
+        operator = _plus(running.pop(name, None), gradient)
+        local = torch.Generator().manual_seed(seeds[name])
+        width = layers[name].r[adapter_name]
+        try:
+            if is_last:
+                found[name] = _frames(operator, width, variant, local)
+            else:
+                running[name] = _recompressed(operator, width, local)
+        except ValueError as error:
+            problems[name] = str(error)
+
+    capture = GradientCapture(layers, consume)
+    total = 0.0
+    with unadapted(model, layers), torch.random.fork_rng(devices=[]):
+        for number, batch in enumerate(batches, start=1):
+            is_last = number == len(batches)
+            on_device = _to_device(batch, next(model.parameters()).device)
+            total += capture.run(lambda batch=on_device: _loss(model, batch, loss_fn))
+        for name in list(running):  # reached by an earlier batch, not by the last
+            found[name] = _frames(running[name], layers[name].r[adapter_name], variant, generator)
+    _refuse(problems, [name for name in layers if name not in found and name not in problems])
+    return found, total / len(batches)
+
+
+def _frames(gradient: MatrixOperator, width: int, variant: str, generator: torch.Generator) -> InvariantSubspaces:
+    directions = (width + 1) // 2 if variant == "compressed" else width
+    return invariant_subspaces(gradient, directions, variant=variant, width=width, generator=generator)  # type: ignore[arg-type]
+
+
+def _plus(running: OuterProduct | None, gradient: LayerGradient) -> MatrixOperator:
+    operator = gradient.operator()
+    if operator is None:
+        raise RuntimeError("a layer was reported without a gradient; please file a bug")
+    if running is None:
+        return operator
+    if isinstance(operator, DenseMatrix):
+        operator.matrix.addmm_(running.left.mT, running.right)
+        return operator
+    return OuterProduct(torch.cat([running.left, operator.left]), torch.cat([running.right, operator.right]))  # type: ignore[attr-defined]
+
+
+def _recompressed(operator: MatrixOperator, width: int, generator: torch.Generator) -> OuterProduct:
+    kept = min(max(2 * width, 32), *operator.shape)
+    svd = truncated_svd(operator, kept, generator=generator, estimate_error=False)
+    return OuterProduct((svd.U * svd.S).mT, svd.Vh)
+
+
+def _refuse(problems: dict[str, str], unreached: list[str]) -> None:
+    if unreached:
+        raise ValueError(
+            f"the loss does not depend on {_names(unreached)}: their gradient is zero. Leave them out with "
+            "exclude_modules (a pooler that the loss does not use, for example), or pass a loss_fn that uses them"
+        )
+    if problems:
+        name, reason = next(iter(problems.items()))
+        raise ValueError(
+            f"cannot place the adapter of {_names(list(problems))}: {reason} ({name}). A zero gradient comes from a "
+            "loss already at its minimum or a layer that is switched off; a non-finite one from a bad batch or fp16 "
+            "overflow: try another batch or bfloat16"
+        )
+
+
+def _names(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, DeepLoraLayer]:
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, DeepLoraLayer)}
+    here = {name: layer for name, layer in layers.items() if adapter_name in layer.deeplora_left}
+    if not layers:
+        raise ValueError("the model has no Deep LoRA layers; wrap it first: get_peft_model(model, DeepLoraConfig(...))")
+    if not here:
+        known = sorted({key for layer in layers.values() for key in layer.deeplora_left})
+        raise ValueError(f"no adapter named {adapter_name!r}; this model has {', '.join(known)}")
+    if any(layer.merged for layer in here.values()):
+        raise ValueError("the adapter is merged into the base weights; call unmerge_adapter() before initializing it")
+    return {name.removeprefix("base_model.model."): layer for name, layer in here.items()}
+
+
+def _variant(model: nn.Module, adapter_name: str) -> str:
+    return getattr(model, "peft_config")[adapter_name].variant  # noqa: B009  # nn.Module's __getattr__ hides it from mypy
+
+
+def _shape_only(layer: DeepLoraLayer) -> OuterProduct:
+    """A zero operator of the layer's shape: the random variant asks only for sizes."""
+    weight = layer.deeplora_left[next(iter(layer.deeplora_left))].weight
+    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    zeros = {"dtype": dtype, "device": weight.device}
+    return OuterProduct(torch.zeros(0, layer.out_features, **zeros), torch.zeros(0, layer.in_features, **zeros))
+
+
+def _first(batches: Iterable[Any] | None, num_batches: int) -> list[Any]:
+    if num_batches < 1:
+        raise ValueError(f"num_batches must be at least 1, got {num_batches}")
+    if isinstance(batches, Mapping) or isinstance(batches, Tensor):
+        raise ValueError("batches must be an iterable of batches; wrap a single one in a list: [batch]")
+    first = list(itertools.islice(batches, num_batches)) if batches is not None else []
+    if not first:
+        raise ValueError(
+            "this variant places U and V from a gradient and needs at least one batch: pass an iterable of dicts of "
+            "tensors (a DataLoader does), or use DeepLoraConfig(variant='random')"
+        )
+    return first
+
+
+def _loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
+    if loss_fn is not None:
+        return loss_fn(model, batch)
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"the default loss calls model(**batch) and needs dicts of tensors, got {type(batch).__name__}; "
+            "pass loss_fn=lambda model, batch: ..."
+        )
+    loss = getattr(model(**batch), "loss", None)
+    if loss is None:
+        raise ValueError("model(**batch) returned no .loss; add labels to the batch or pass a loss_fn")
+    return loss
+
+
+def _to_device(batch: Any, device: torch.device) -> Any:
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {key: _to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, list | tuple):
+        return type(batch)(_to_device(value, device) for value in batch)
+    return batch
+
+
+def _load_subspaces(layers: dict[str, DeepLoraLayer], adapter_name: str, path: Path) -> None:
+    if not path.is_file():
+        raise ValueError(f"no subspace file at {path}; write one with save_subspaces(model, path)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} is not a readable safetensors file ({error}); write it again") from error
+    frames = {}
+    for name, layer in layers.items():
+        width = layer.r[adapter_name]
+        expected = {"left": (layer.out_features, width), "right": (layer.in_features, width)}
+        for side, shape in expected.items():
+            got = tensors.get(f"{name}.{side}")
+            if got is None or tuple(got.shape) != shape:
+                found = "nothing" if got is None else f"shape {tuple(got.shape)}"
+                raise ValueError(f"{path} does not fit: expected {name}.{side} of shape {shape}, found {found}")
+        frames[name] = (tensors[f"{name}.left"], tensors[f"{name}.right"])
+    for name, (left, right) in frames.items():
+        layers[name].set_frames(adapter_name, left, right)

@@ -1,0 +1,263 @@
+"""The adapted linear layer: y = W₀x + U(core − ε^L·I)Vᵀx."""
+
+import warnings
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+from rankwise.factorizations import compose, identity_factors
+from rankwise.spectral import haar_frame
+from rankwise.spectral.precision import compute_dtype
+
+
+class Factor(nn.Module):
+    """One trainable array under ``.weight``.
+
+    A leaf module rather than a bare Parameter: FSDP wraps modules, and PEFT's key renaming expects ``….weight``.
+    """
+
+    def __init__(self, *shape: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(*shape))
+
+    def extra_repr(self) -> str:
+        return "×".join(map(str, self.weight.shape))
+
+
+@lru_cache(maxsize=64)
+def starting_core(init_scale: float, depth: int, stored: torch.dtype, computed: torch.dtype) -> float:
+    """ε^L as the factors themselves multiply it: ε rounded to the stored dtype, products in the computed one.
+
+    Subtracting any other rounding of ε^L would leave the adapter slightly off the base model at step 0.
+    """
+    epsilon = torch.tensor(init_scale, dtype=stored).to(computed)
+    product = epsilon
+    for _ in range(depth - 1):
+        product = product * epsilon
+    return float(product)
+
+
+class ScaledLeft(torch.autograd.Function):
+    """B = U(W̃_L⋯W̃_1 − c·I) in full precision, with the closed-form gradient.
+
+    One node instead of a chain of small ones, and deaf to autocast: a core near ε^L·I computed in bf16 would drown in
+    its own rounding. ∂/∂W̃_l = (W̃_L⋯W̃_{l+1})ᵀ UᵀB̄ (W̃_{l−1}⋯W̃_1)ᵀ (ICML 2024, eq. 14, on the r×r factors).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, left: Tensor, inner: Tensor, start: float) -> Tensor:  # type: ignore[override]
+        with torch.autocast(left.device.type, enabled=False):
+            U, factors = left.to(compute_dtype(left.dtype)), inner.to(compute_dtype(inner.dtype))
+            core = compose(factors)
+            # compose of a single factor is that factor's own storage: never shift it in place
+            core = core.clone() if factors.shape[0] == 1 else core
+            core.diagonal().sub_(start)
+            ctx.save_for_backward(left, inner, core)
+            return U @ core
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+        left, inner, core = ctx.saved_tensors
+        with torch.autocast(left.device.type, enabled=False):
+            U, factors = left.to(core.dtype), inner.to(core.dtype).unbind(0)
+            grad = grad.to(core.dtype)
+            grad_left = (grad @ core.mT).to(left.dtype) if ctx.needs_input_grad[0] else None
+            if not ctx.needs_input_grad[1]:
+                return grad_left, None, None
+            below: list[Tensor | None] = [None]  # W̃_{l−1}⋯W̃_1 for l = 1…L
+            for factor in factors[:-1]:
+                below.append(factor if below[-1] is None else factor @ below[-1])
+            above = U.mT @ grad  # (W̃_L⋯W̃_{l+1})ᵀ UᵀB̄, from l = L downwards
+            grads: list[Tensor] = []
+            for factor, product in zip(reversed(factors), reversed(below), strict=True):
+                grads.append(above if product is None else above @ product.mT)
+                above = factor.mT @ above
+            return grad_left, torch.stack(grads[::-1]).to(inner.dtype), None
+
+
+class DeepLoraLayer(BaseTunerLayer):
+    """What every Deep LoRA layer holds, keyed by adapter name."""
+
+    adapter_layer_names = ("deeplora_left", "deeplora_right", "deeplora_inner")
+    other_param_names = ("r", "init_scale", "inner_depth", "deeplora_dropout")
+
+    def __init__(self, base_layer: nn.Linear):
+        self.base_layer = base_layer
+        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        self.r: dict[str, int] = {}
+        self.init_scale: dict[str, float] = {}
+        self.inner_depth: dict[str, int] = {}
+        self.deeplora_dropout = nn.ModuleDict()
+        self.deeplora_left = nn.ModuleDict()
+        self.deeplora_right = nn.ModuleDict()
+        self.deeplora_inner = nn.ModuleDict()
+        self._disable_adapters = False
+        self.merged_adapters = []
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        r: int,
+        *,
+        inner_depth: int,
+        init_scale: float,
+        dropout: float,
+        init_weights: bool,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter of width r. Runs on load and on the meta device too: no data is needed here."""
+        self.r[adapter_name] = r
+        self.init_scale[adapter_name] = init_scale
+        self.inner_depth[adapter_name] = inner_depth
+        self.deeplora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.deeplora_left[adapter_name] = Factor(self.out_features, r)
+        self.deeplora_right[adapter_name] = Factor(r, self.in_features)
+        self.deeplora_inner[adapter_name] = Factor(inner_depth, r, r)
+        if not self.deeplora_left[adapter_name].weight.is_meta:
+            self.reset_adapter(adapter_name, no_op=init_weights)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    @torch.no_grad()
+    def reset_adapter(self, adapter_name: str, *, no_op: bool = True) -> None:
+        """Random orthonormal frames and inner factors ε·I; with ``no_op=False`` random inner factors of norm ≈ 1."""
+        r, depth = self.r[adapter_name], self.inner_depth[adapter_name]
+        left, right = haar_frame(self.out_features, r), haar_frame(self.in_features, r)
+        self.set_frames(adapter_name, left, right)
+        if not no_op:
+            inner = self.deeplora_inner[adapter_name].weight
+            inner.copy_(torch.randn(depth, r, r) / r**0.5)
+
+    @torch.no_grad()
+    def set_frames(self, adapter_name: str, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
+        """Start over between these frames: U = left, V = right, inner factors ε·I."""
+        depth, r = self.inner_depth[adapter_name], self.r[adapter_name]
+        self.deeplora_left[adapter_name].weight.copy_(left)
+        self.deeplora_right[adapter_name].weight.copy_(right.mT)
+        self.deeplora_inner[adapter_name].weight.copy_(identity_factors(depth, r, self.init_scale[adapter_name]))
+
+    def scaled_left(self, adapter_name: str) -> Float[Tensor, "m r"]:
+        """B = U(core − ε^L·I) in float32 or better: ΔW = B·Vᵀ."""
+        left, inner = self.deeplora_left[adapter_name].weight, self.deeplora_inner[adapter_name].weight
+        start = starting_core(
+            self.init_scale[adapter_name], self.inner_depth[adapter_name], inner.dtype, compute_dtype(inner.dtype)
+        )
+        return ScaledLeft.apply(left, inner, start)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class DeepLoraLinear(nn.Module, DeepLoraLayer):
+    """``nn.Linear`` with Deep LoRA adapters beside it."""
+
+    def __init__(
+        self,
+        base_layer: nn.Linear,
+        adapter_name: str,
+        r: int,
+        *,
+        inner_depth: int,
+        init_scale: float,
+        dropout: float = 0.0,
+        init_weights: bool = True,
+        fan_in_fan_out: bool = False,
+        inference_mode: bool = False,
+    ):
+        super().__init__()
+        DeepLoraLayer.__init__(self, base_layer)
+        self.fan_in_fan_out = fan_in_fan_out
+        self._active_adapter = adapter_name
+        self.update_layer(
+            adapter_name,
+            r,
+            inner_depth=inner_depth,
+            init_scale=init_scale,
+            dropout=dropout,
+            init_weights=init_weights,
+            inference_mode=inference_mode,
+        )
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.pop("adapter_names", None) is not None:
+            raise ValueError(
+                "Deep LoRA does not mix several adapters in one batch (adapter_names=…); "
+                "call set_adapter(name) and run one batch per adapter"
+            )
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return self.base_layer(x, *args, **kwargs)
+        if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
+            # Autocast would cast the input once for the base layer and again for Vᵀx: cast it once, here.
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        result = self.base_layer(x, *args, **kwargs)
+        for adapter_name in self.active_adapters:
+            if adapter_name in self.deeplora_left:
+                result = self._add_update(result, x, adapter_name)
+        return result
+
+    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        # The factors follow the activations' dtype, not the other way round: casting r×d beats copying tokens×d.
+        dtype = result.dtype
+        x = self.deeplora_dropout[adapter_name](x if x.dtype == dtype else x.to(dtype))
+        projected = F.linear(x, self.deeplora_right[adapter_name].weight.to(dtype))
+        B = self.scaled_left(adapter_name).to(dtype)
+        rows = projected.flatten(0, -2) if projected.ndim > 1 else projected.unsqueeze(0)
+        flat = result.reshape(rows.shape[0], -1)
+        if self._owns_output(flat):
+            # multiply and add in one pass, into the array the base layer has just made
+            return flat.addmm_(rows, B.mT).view(result.shape)
+        return torch.addmm(flat, rows, B.mT).view(result.shape)
+
+    def _owns_output(self, flat: Tensor) -> bool:
+        """Whether nobody else can hold the base output: a plain nn.Linear, unhooked, whose gradient ignores it."""
+        base = self.base_layer
+        return type(base) is nn.Linear and not base._forward_hooks and not (flat.requires_grad and flat.is_leaf)
+
+    def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "m n"]:
+        """ΔW = U(core − ε^L·I)Vᵀ, dense, in the layer's weight layout, in float32 or better."""
+        B = self.scaled_left(adapter_name)
+        delta = B @ self.deeplora_right[adapter_name].weight.to(B.dtype)
+        return delta.mT if self.fan_in_fan_out else delta
+
+    @torch.no_grad()
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapters' ΔW to the base weight; ``safe_merge`` refuses a non-finite result and leaves W₀ as it was."""
+        for adapter_name in check_adapters_to_merge(self, adapter_names):
+            if adapter_name not in self.deeplora_left:
+                continue
+            merged = self._shifted_weight(adapter_name, +1)
+            if safe_merge and not bool(torch.isfinite(merged).all()):
+                raise ValueError(
+                    f"merging adapter {adapter_name!r} gives non-finite weights, so it was not merged; "
+                    "the adapter itself holds NaN or infinite numbers"
+                )
+            self.set_base_weight(merged)
+            self.merged_adapters.append(adapter_name)
+
+    @torch.no_grad()
+    def unmerge(self) -> None:
+        """Subtract what :meth:`merge` added, up to rounding of the base dtype."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            adapter_name = self.merged_adapters.pop()
+            if adapter_name in self.deeplora_left:
+                self.set_base_weight(self._shifted_weight(adapter_name, -1))
+
+    def _shifted_weight(self, adapter_name: str, sign: int) -> Tensor:
+        weight = self.get_base_weight()
+        delta = self.get_delta_weight(adapter_name)
+        return (weight.to(delta.dtype) + sign * delta).to(weight.dtype)
+
+    def __repr__(self) -> str:
+        return "deeplora." + super().__repr__()
