@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -42,17 +41,16 @@ def alternate(ours: Callable[[], object], peer: Callable[[], object], pairs: int
 
 
 def peak_memory_bytes(arguments: list[str]) -> int:
-    """Peak resident memory of ``python arguments`` in a fresh process (Linux: kilobytes from the kernel)."""
+    """Peak resident memory of ``python arguments`` in a fresh process (Linux).
+
+    From VmHWM, which starts at zero with the new program; ru_maxrss carries the parent's peak across fork and exec.
+    """
     code = (
-        "import resource, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
-        "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "import re, runpy, sys; sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__');"
+        "print('PEAK', re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
     return int(done.stdout.split("PEAK")[-1]) * 1024
-
-
-def own_peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def machine() -> dict[str, Any]:

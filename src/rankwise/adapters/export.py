@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.config import DeepLoraConfig
 from rankwise.adapters.files import replacing_folder, save_tensors, write_json
-from rankwise.adapters.layer import DeepLoraLayer, ScaledLeft, starting_core
+from rankwise.adapters.layer import DeepLoraLayer, scaled_left
 from rankwise.spectral import numerical_rank, rank_for_energy
 from rankwise.spectral.precision import compute_dtype, require_finite
 
@@ -175,8 +175,7 @@ def _export(
     layers: list[LayerExport] = []
     for name, (left, inner, right) in factors.items():
         stored = compute_dtype(inner.dtype)
-        start = starting_core(config.init_scale, inner.shape[0], inner.dtype, stored)
-        B, A = ScaledLeft.apply(left.detach(), inner.detach(), start), right.detach().to(stored)
+        B, A = scaled_left(left.detach(), inner.detach(), config.init_scale), right.detach().to(stored)
         require_finite(B, f"the adapter of {name}")
         require_finite(A, f"the adapter of {name}")
         U, S, Vh = truncated_pair(B, A)
