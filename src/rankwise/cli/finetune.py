@@ -1,0 +1,166 @@
+"""``rankwise finetune``."""
+
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from rankwise.errors import UserError
+
+_EXAMPLE = """
+Adapt a pretrained model on a few labelled rows with Deep LoRA (or LoRA).
+
+[bold]Example[/bold]
+
+  rankwise finetune --model ./all-MiniLM-L6-v2 --data pairs.csv --shots 64 --out runs/deep
+
+The run folder then holds adapter/ (PEFT's format), lora/ (a plain LoRA that every LoRA runtime loads),
+result.json, predictions.csv and report.html. Ctrl-C leaves a run that goes on with
+
+  rankwise finetune --resume --out runs/deep
+"""
+
+_DATA, _ADAPTER, _TRAINING = "Data", "Adapter", "Training"
+
+
+def register(app: typer.Typer) -> None:
+    app.command("finetune", help=_EXAMPLE, no_args_is_help=True)(finetune)
+
+
+def finetune(
+    out: Annotated[str, typer.Option(help="Run folder to create.")],
+    model: Annotated[str | None, typer.Option(help="Model folder, or a hub name such as org/name.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="CSV, TSV, JSONL or Parquet file, or hub:NAME.", rich_help_panel=_DATA)
+    ] = None,
+    task: Annotated[
+        str,
+        typer.Option(
+            help="auto, pair-similarity (two texts and a score on an embedding model), classification or regression.",
+            rich_help_panel=_DATA,
+        ),
+    ] = "auto",
+    method: Annotated[str, typer.Option(help="deep-lora or lora.", rich_help_panel=_ADAPTER)] = "deep-lora",
+    shots: Annotated[
+        int | None,
+        typer.Option(help="Labelled rows to train on, drawn by --seed; the rest is held out.", rich_help_panel=_DATA),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Draws the rows, the frames and the order.")] = 0,
+    eval_data: Annotated[
+        str | None, typer.Option(help="File with the held-out rows.", rich_help_panel=_DATA)
+    ] = None,
+    eval_limit: Annotated[int, typer.Option(help="At most this many held-out rows.", rich_help_panel=_DATA)] = 2000,
+    text: Annotated[str | None, typer.Option(help="Text column; guessed otherwise.", rich_help_panel=_DATA)] = None,
+    text_pair: Annotated[str | None, typer.Option(help="Second text column.", rich_help_panel=_DATA)] = None,
+    label: Annotated[str | None, typer.Option(help="Label or score column.", rich_help_panel=_DATA)] = None,
+    r: Annotated[int, typer.Option("--rank", "-r", help="Width: upper bound on the rank.", rich_help_panel=_ADAPTER)] = 8,
+    inner_depth: Annotated[int | None, typer.Option(help="Inner factors (3).", rich_help_panel=_ADAPTER)] = None,
+    init_scale: Annotated[
+        float | None, typer.Option(help="Inner factors start at this times I (1e-3).", rich_help_panel=_ADAPTER)
+    ] = None,
+    variant: Annotated[
+        str, typer.Option(help="compressed, spectral or random frames.", rich_help_panel=_ADAPTER)
+    ] = "compressed",
+    preset: Annotated[
+        str | None,
+        typer.Option(help="paper: the ICML 2024 settings (lr 1e-2, outer-lr-ratio 1e-2).", rich_help_panel=_ADAPTER),
+    ] = None,
+    lr: Annotated[
+        float | None, typer.Option(help="Learning rate (deep-lora 3e-3, lora 1e-3).", rich_help_panel=_TRAINING)
+    ] = None,
+    outer_lr_ratio: Annotated[
+        float | None,
+        typer.Option(help="Rate of U and V over the inner factors' (1); 0 freezes them.", rich_help_panel=_TRAINING),
+    ] = None,
+    adam_eps: Annotated[
+        float | None, typer.Option(help="Adam's eps (deep-lora 1e-6, lora 1e-8).", rich_help_panel=_TRAINING)
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = 200,
+    batch_size: Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=_TRAINING)] = 16,
+    init_batches: Annotated[
+        int, typer.Option(help="Batches averaged for the gradient that places U and V.", rich_help_panel=_TRAINING)
+    ] = 1,
+    max_length: Annotated[int, typer.Option(help="Tokens kept of a text.", rich_help_panel=_TRAINING)] = 128,
+    precision: Annotated[
+        str, typer.Option(help="auto (measures bf16 on this machine), fp32 or bf16.", rich_help_panel=_TRAINING)
+    ] = "auto",
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints (a tenth of the run).", rich_help_panel=_TRAINING)
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; its settings count.")] = False,
+) -> None:
+    console = Console(stderr=True)
+    with console.status("loading PyTorch and transformers"):
+        runner, settings_module = _load()
+    if resume:
+        if model is not None or data is not None:
+            raise UserError("--resume takes the model, data and settings from the run folder; leave --model and --data out")
+        runner.resume(out, console)
+        _write_report(out, console)
+        return
+    if model is None or data is None:
+        missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
+        raise UserError(f"{missing} missing; for example:\n  rankwise finetune --model ./my-model --data pairs.csv --out {out}")
+    chosen = {
+        "inner_depth": inner_depth,
+        "init_scale": init_scale,
+        "lr": lr,
+        "outer_lr_ratio": outer_lr_ratio,
+        "adam_eps": adam_eps,
+    }
+    if preset is not None and preset not in settings_module.PRESETS:
+        raise UserError(f"unknown preset {preset!r}; expected {', '.join(settings_module.PRESETS)}")
+    if preset is not None and method != "deep-lora":
+        raise UserError(f"--preset {preset} holds Deep LoRA's settings; it does not go with --method {method}")
+    values = {**settings_module.PRESETS.get(preset or "", {}), **{k: v for k, v in chosen.items() if v is not None}}
+    values["r"] = r
+    settings = settings_module.FinetuneSettings(
+        model=model,
+        data=data,
+        out=out,
+        task=task,
+        method=method,
+        shots=shots,
+        seed=seed,
+        eval_data=eval_data,
+        eval_limit=eval_limit,
+        text=text,
+        text_pair=text_pair,
+        label=label,
+        variant=variant,
+        steps=steps,
+        batch_size=batch_size,
+        init_batches=init_batches,
+        max_length=max_length,
+        precision=precision,
+        save_every=save_every,
+        **values,
+    )
+    runner.finetune(settings, console)
+    _write_report(out, console)
+
+
+def _load():  # type: ignore[no-untyped-def]
+    """The rooms behind the command, loaded only once its options have parsed."""
+    try:
+        import transformers
+
+        from rankwise.finetuning import runner, settings
+    except ImportError as error:
+        raise UserError(f"fine-tuning needs more packages ({error}): pip install 'rankwise[hf,report]'") from None
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return runner, settings
+
+
+def _write_report(out: str, console: Console) -> None:
+    from pathlib import Path
+
+    from rankwise.diagnostics import write_report
+
+    try:
+        page = write_report([out], Path(out) / "report.html")
+    except UserError as error:  # the run itself is whole: a missing matplotlib must not fail it
+        console.print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
+        return
+    console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)

@@ -1,0 +1,84 @@
+"""Singular values of every ΔW in a model, from its factors."""
+
+from dataclasses import dataclass
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from rankwise.adapters import DeepLoraLayer
+from rankwise.adapters.export import truncated_pair
+from rankwise.spectral import numerical_rank, rank_for_energy, stable_rank
+
+
+@dataclass(frozen=True)
+class LayerSpectrum:
+    """One adapted layer.
+
+    Attributes:
+        name: of the layer in the base model.
+        shape: (d_out, d_in).
+        width: columns of the factors, the upper bound on the rank.
+        rank: numerical rank of ΔW, above eps·max(d_out, d_in)·σ₁ in float32.
+        rank_99: directions that hold 99 % of ‖ΔW‖_F².
+        stable_rank: ‖ΔW‖_F²/σ₁².
+        singular_values: of ΔW, largest first.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    width: int
+    rank: int
+    rank_99: int
+    stable_rank: float
+    singular_values: list[float]
+
+
+@torch.no_grad()
+def adapter_spectra(model: nn.Module, adapter_name: str = "default") -> list[LayerSpectrum]:
+    """The spectrum of ΔW in every LoRA or Deep LoRA layer, in the model's order, in O(d·r²) a layer.
+
+    Raises:
+        ValueError: no layer has such an adapter.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from rankwise.diagnostics import adapter_spectra
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), LoraConfig(r=4, target_modules=["0"]))
+        >>> [(layer.name, layer.width, layer.rank) for layer in adapter_spectra(model)]
+        [('0', 4, 0)]
+    """
+    spectra = []
+    for name, module in model.named_modules():
+        pair = _pair(module, adapter_name)
+        if pair is None:
+            continue
+        B, A = pair
+        _, S, _ = truncated_pair(B, A)
+        shape = (B.shape[0], A.shape[1])
+        spectra.append(
+            LayerSpectrum(
+                name=name.removeprefix("base_model.model."),
+                shape=shape,
+                width=A.shape[0],
+                rank=numerical_rank(S, shape=shape),
+                rank_99=rank_for_energy(S, 0.99),
+                stable_rank=stable_rank(S),
+                singular_values=S.tolist(),
+            )
+        )
+    if not spectra:
+        raise ValueError(f"no linear layer of this model has a LoRA or Deep LoRA adapter named {adapter_name!r}")
+    return spectra
+
+
+def _pair(module: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor] | None:
+    """ΔW = B·A of a layer, or None where there is no such adapter."""
+    if isinstance(module, DeepLoraLayer) and adapter_name in module.deeplora_left:
+        B = module.scaled_left(adapter_name)
+        return B, module.deeplora_right[adapter_name].weight.to(B.dtype)
+    if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+        B = module.lora_B[adapter_name].weight.float() * module.scaling[adapter_name]
+        return B, module.lora_A[adapter_name].weight.float()
+    return None

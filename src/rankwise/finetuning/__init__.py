@@ -1,0 +1,19 @@
+"""From a labelled table and a pretrained model to a trained adapter in a run folder."""
+
+from rankwise.finetuning.data import Table, read_table
+from rankwise.finetuning.runner import Interrupted, finetune, resume
+from rankwise.finetuning.settings import PRESETS, FinetuneSettings
+from rankwise.finetuning.tasks import TASKS, Task, make_task
+
+__all__ = [
+    "PRESETS",
+    "TASKS",
+    "FinetuneSettings",
+    "Interrupted",
+    "Table",
+    "Task",
+    "finetune",
+    "make_task",
+    "read_table",
+    "resume",
+]

@@ -1,0 +1,202 @@
+"""Reading a labelled table and guessing what its columns mean."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from rankwise.errors import UserError
+
+_TEXT_NAMES = ("sentence1", "text", "sentence", "premise", "question", "question1", "query", "review", "content", "title")
+_PAIR_NAMES = ("sentence2", "text_pair", "hypothesis", "question2", "answer", "document", "passage")
+_LABEL_NAMES = ("label", "labels", "score", "similarity_score", "similarity", "rating", "target", "class", "category", "y")
+_FORMATS = ".csv, .tsv, .jsonl, .parquet or hub:NAME"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which column is the text, its pair (if any) and the label."""
+
+    text: str
+    text_pair: str | None
+    label: str
+
+
+@dataclass(frozen=True)
+class Table:
+    """Labelled rows, still as text.
+
+    Attributes:
+        rows: one dict per row with ``text``, ``text_pair`` (None without one), ``label`` (as read) and ``row``, the
+            row's number in the file (0 for the first after the header).
+        columns: the file's names for them.
+        source: what was read.
+        revision: sha256 of the file, or the hub's commit.
+        dropped: rows left out because a text or the label was empty.
+    """
+
+    rows: list[dict[str, Any]]
+    columns: Columns
+    source: str
+    revision: str
+    dropped: int
+
+
+def read_table(source: str, *, text: str | None = None, text_pair: str | None = None, label: str | None = None) -> Table:
+    """Read a CSV, TSV, JSONL or Parquet file, or ``hub:NAME[:CONFIG]`` (its train split).
+
+    Args:
+        source: path or ``hub:`` name.
+        text, text_pair, label: column names; guessed from the usual names and the content unless given.
+
+    Raises:
+        UserError: missing, empty or unreadable file, wrong encoding, missing columns.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "d.csv").write_text("sentence,label\\ngood,1\\nbad,0\\n", encoding="utf-8")
+        >>> from rankwise.finetuning import read_table
+        >>> table = read_table(str(folder / "d.csv"))
+        >>> table.columns.text, table.columns.label, len(table.rows)
+        ('sentence', 'label', 2)
+    """
+    frame, revision = _read_hub(source[4:]) if source.startswith("hub:") else _read_file(Path(source))
+    if frame.empty:
+        raise UserError(f"{source} has no rows; expected a header and at least one labelled row")
+    frame.columns = [str(name) for name in frame.columns]
+    columns = _guess_columns(frame, source, text, text_pair, label)
+    used = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair else [])
+    texts = [columns.text] + ([columns.text_pair] if columns.text_pair else [])
+    missing = frame[used].isna().any(axis=1)
+    for name in texts:
+        missing |= frame[name].astype(str).str.strip().eq("")
+    if bool(missing.all()):
+        raise UserError(f"every row of {source} has an empty text or label (columns {', '.join(used)})")
+    kept = frame[~missing]
+    rows = [
+        {"row": int(number), "text": str(first), "text_pair": None if second is None else str(second), "label": value}
+        for number, first, second, value in zip(
+            np.flatnonzero(~missing.to_numpy()),
+            kept[columns.text],
+            kept[columns.text_pair] if columns.text_pair else [None] * len(kept),
+            kept[columns.label].tolist(),
+            strict=True,
+        )
+    ]
+    return Table(rows, columns, source, revision, int(missing.sum()))
+
+
+def numeric_labels(rows: Sequence[dict[str, Any]], source: str, column: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
+    """The labels as finite float64, or an error naming the first that is no number."""
+    values = np.empty(len(rows))
+    for index, row in enumerate(rows):
+        try:
+            values[index] = float(row["label"])
+        except (TypeError, ValueError):
+            values[index] = np.nan
+        if not np.isfinite(values[index]):
+            raise UserError(
+                f"column {column!r} of {source} must hold numbers for this task; row {row['row']} has {row['label']!r}. "
+                "For class labels use --task classification"
+            )
+    return values
+
+
+def draw(count: int, shots: int, seed: int) -> tuple[list[int], list[int]]:
+    """``shots`` of ``count`` positions without replacement, and the rest; the same for the same seed."""
+    order = np.random.default_rng(seed).permutation(count)
+    return sorted(order[:shots].tolist()), sorted(order[shots:].tolist())
+
+
+def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
+    if not path.is_file():
+        kind = "is a folder" if path.is_dir() else "does not exist"
+        raise UserError(f"the data file {path} {kind}; expected {_FORMATS}")
+    readers = {
+        ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=[""]),
+        ".tsv": lambda: pd.read_csv(
+            path, sep="\t", quoting=3, encoding="utf-8-sig", keep_default_na=False, na_values=[""]
+        ),
+        ".jsonl": lambda: pd.read_json(path, lines=True, encoding="utf-8", dtype=False, convert_dates=False),
+        ".parquet": lambda: pd.read_parquet(path),
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise UserError(f"cannot tell the format of {path} from {path.suffix or 'a name without ending'!r}; expected {_FORMATS}")
+    try:
+        frame = reader()
+    except pd.errors.EmptyDataError:
+        raise UserError(f"{path} is empty; expected a header and at least one labelled row") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{path} is not UTF-8 (byte {error.start} cannot be read); save it as UTF-8, for example with "
+            "iconv -f latin1 -t utf-8"
+        ) from None
+    except (pd.errors.ParserError, ValueError, OSError) as error:
+        raise UserError(f"cannot read {path} as {path.suffix[1:]}: {error}") from None
+    return frame, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_hub(name: str) -> tuple[pd.DataFrame, str]:
+    try:
+        import datasets
+        from huggingface_hub import HfApi
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise UserError("reading hub:NAME needs one more package: pip install 'rankwise[hub]'") from None
+    repository, _, config = name.partition(":")
+    try:
+        loaded = datasets.load_dataset(repository, config or None, split="train")
+        revision = HfApi().dataset_info(repository).sha or "unknown"
+    except (OSError, ValueError, RuntimeError, HfHubHTTPError) as error:
+        first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"cannot get the data set {repository!r} from the hub ({first}). Offline? Download it elsewhere, save it as "
+            "Parquet and pass the file"
+        ) from None
+    frame = loaded.to_pandas()
+    for column, feature in loaded.features.items():
+        if isinstance(feature, datasets.ClassLabel):
+            frame[column] = [feature.int2str(int(value)) if value >= 0 else None for value in frame[column]]
+    return frame, revision
+
+
+def _guess_columns(
+    frame: pd.DataFrame, source: str, text: str | None, text_pair: str | None, label: str | None
+) -> Columns:
+    names = list(frame.columns)
+    for option, name in (("--text", text), ("--text-pair", text_pair), ("--label", label)):
+        if name is not None and name not in names:
+            raise UserError(f"{source} has no column {name!r} ({option}); it has {', '.join(names)}")
+    lower = {name.lower(): name for name in names}
+    label = label or next((lower[name] for name in _LABEL_NAMES if name in lower), None)
+    if label is None:
+        raise UserError(
+            f"cannot tell which column of {source} is the label; it has {', '.join(names)}. Name it with --label"
+        )
+    if text is None:
+        text = next((lower[name] for name in _TEXT_NAMES if name in lower and lower[name] not in (label, text_pair)), None)
+        text = text or _longest_text(frame, {label, text_pair})
+        if text is None:
+            raise UserError(
+                f"cannot find a text column in {source}; it has {', '.join(names)}. Name it with --text"
+            )
+        text_pair = text_pair or next((lower[name] for name in _PAIR_NAMES if name in lower), None)
+        text_pair = None if text_pair in (text, label) else text_pair
+    if len({text, text_pair, label}) < 3 and text in (label, text_pair):
+        raise UserError(f"text, pair and label must be different columns, got {text}, {text_pair} and {label}")
+    return Columns(text, text_pair, label)
+
+
+def _longest_text(frame: pd.DataFrame, taken: set[str | None]) -> str | None:
+    lengths = {
+        name: frame[name].astype(str).str.len().mean()
+        for name in frame.columns
+        if name not in taken and pd.api.types.is_string_dtype(frame[name])
+    }
+    return max(lengths, key=lambda name: lengths[name]) if lengths else None

@@ -1,0 +1,94 @@
+"""Loading tokenizers and pretrained models, with errors that say which file was wanted."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rankwise.adapters import DeepLoraConfig
+from rankwise.errors import UserError
+from rankwise.finetuning.settings import FinetuneSettings
+from rankwise.finetuning.tasks import Task
+
+
+def load_tokenizer(source: str) -> tuple[Any, str | None]:
+    """The tokenizer, and the hub commit it came from (None for a local folder).
+
+    Raises:
+        UserError: no such folder, no config.json in it, or a hub name that cannot be reached.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    _check_folder(source)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        revision = getattr(config, "_commit_hash", None)
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(_explain(source, error)) from None
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise UserError(f"the tokenizer of {source} has neither a padding nor an end token; it cannot make batches")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer, revision
+
+
+def load_model(task: Task, source: str, revision: str | None) -> nn.Module:
+    """The pretrained model of this task (safetensors only, no remote code)."""
+    try:
+        return task.load_model(source, revision)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(_explain(source, error)) from None
+
+
+def adapt(model: nn.Module, task: Task, settings: FinetuneSettings) -> nn.Module:
+    """Wrap the model with the method's PEFT adapter on every linear layer that the loss reaches."""
+    from peft import LoraConfig, get_peft_model
+
+    common = {
+        "r": settings.r,
+        "target_modules": "all-linear",
+        "exclude_modules": task.modules_left_out(model) or None,
+        "task_type": task.peft_task_type,
+    }
+    if settings.method == "lora":
+        # PEFT's standard start (Kaiming A, zero B) with scaling 1
+        return get_peft_model(model, LoraConfig(lora_alpha=settings.r, **common))
+    config = DeepLoraConfig(
+        inner_depth=settings.inner_depth, init_scale=settings.init_scale, variant=settings.variant, **common
+    )
+    return get_peft_model(model, config)
+
+
+def device() -> torch.device:
+    """CUDA or Apple's GPU where there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _check_folder(source: str) -> None:
+    path = Path(source)
+    looks_local = source.startswith((".", "/", "~", os.sep)) or source.count("/") > 1 or "\\" in source
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"the model folder {source} has no config.json; expected a Hugging Face model folder")
+        if not any(path.glob("*.safetensors")):
+            raise UserError(
+                f"the model folder {source} has no .safetensors weights; rankwise does not unpickle .bin files. "
+                "Convert it once with save_pretrained(..., safe_serialization=True)"
+            )
+    elif path.is_file() or looks_local:
+        raise UserError(f"there is no model folder {source}; --model takes a folder or a hub name such as org/name")
+
+
+def _explain(source: str, error: Exception) -> str:
+    first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    if Path(source).is_dir():
+        return f"cannot load the model in {source}: {first}"
+    return (
+        f"cannot get {source}/config.json (and its weights) from the Hugging Face hub or the local cache: {first} "
+        "Offline? Download the model on another machine and pass its folder to --model"
+    )

@@ -1,0 +1,114 @@
+"""A run on disk: config.json, metrics.jsonl, checkpoints/, adapter/, result.json."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from rankwise import __version__
+from rankwise.adapters.files import write_json
+from rankwise.errors import UserError
+
+FORMAT_VERSION = 1
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config_file = path / "config.json"
+        self.metrics_file = path / "metrics.jsonl"
+        self.result_file = path / "result.json"
+        self.report_file = path / "report.html"
+        self.predictions_file = path / "predictions.csv"
+        self.checkpoints = path / "checkpoints"
+        self.adapter = path / "adapter"
+        self.lora = path / "lora"
+
+    def create(self) -> None:
+        """Make the folder; one that holds anything already is refused."""
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            hint = "; continue it with --resume" if self.config_file.is_file() else ""
+            raise UserError(f"the output folder {self.path} is in use{hint} or choose another with --out")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the output folder {self.path}: {error.strerror}") from None
+
+    def read_config(self) -> dict[str, Any]:
+        if not self.config_file.is_file():
+            raise UserError(f"{self.path} is no run to resume: it has no config.json")
+        try:
+            return json.loads(self.config_file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{self.config_file} is damaged ({error}); start the run again in a new folder") from None
+
+    def append_metrics(self, **entry: Any) -> None:
+        """One JSON object a line, flushed: a killed run keeps what it measured."""
+        with self.metrics_file.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """All entries; a last line cut short by a kill is left out."""
+        if not self.metrics_file.is_file():
+            return []
+        entries = []
+        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+            try:
+                entries.append(json.loads(line))
+            except ValueError:
+                continue
+        return entries
+
+    def forget_steps_after(self, step: int) -> None:
+        """Drop metrics of steps that a resumed run will repeat."""
+        kept = [entry for entry in self.read_metrics() if entry.get("step", 0) <= step]
+        temporary = self.metrics_file.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
+        temporary.replace(self.metrics_file)
+
+    def write(self, file: Path, content: dict[str, Any]) -> None:
+        write_json(file, {"format_version": FORMAT_VERSION, **content})
+
+    def last_checkpoint(self) -> tuple[int, Path] | None:
+        """(step, folder) of the newest complete checkpoint: one that Trainer had finished writing."""
+        found = []
+        for folder in self.checkpoints.glob("checkpoint-*"):
+            number = folder.name.removeprefix("checkpoint-")
+            if number.isdigit() and (folder / "trainer_state.json").is_file() and (folder / "optimizer.pt").is_file():
+                found.append((int(number), folder))
+        return max(found, default=None)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and git revision; nothing from the environment's variables."""
+    packages = {}
+    for name in ("torch", "transformers", "peft", "accelerate", "numpy"):
+        try:
+            packages[name] = version(name)
+        except PackageNotFoundError:
+            packages[name] = None
+    return {
+        "rankwise": __version__,
+        "python": platform.python_version(),
+        "platform": platform.system(),
+        "packages": packages,
+        "git_revision": _git_revision(),
+    }
+
+
+def _git_revision() -> str | None:
+    """Commit of the checkout that rankwise runs from; None for an installed wheel or without git."""
+    root = Path(__file__).resolve().parents[3]
+    if not (root / ".git").exists() or not (root / "src" / "rankwise").is_dir():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,386 @@
+"""One fine-tuning run from settings to a finished run folder."""
+
+import csv
+import io
+import logging
+import os
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import PeftModel
+from rich.console import Console
+from torch import nn
+from transformers import TrainingArguments, set_seed
+
+from rankwise.adapters import create_deeplora_optimizer, initialize_deeplora_weights, save_as_lora
+from rankwise.adapters.files import replacing_folder
+from rankwise.diagnostics import adapter_spectra
+from rankwise.errors import UserError
+from rankwise.finetuning.data import Table, draw, read_table
+from rankwise.finetuning.models import adapt, device, load_model, load_tokenizer
+from rankwise.finetuning.precision import autocast, choose_precision
+from rankwise.finetuning.run_folder import RunFolder, environment
+from rankwise.finetuning.settings import FinetuneSettings
+from rankwise.finetuning.tasks import Task, make_task
+from rankwise.finetuning.trainer import Positions, RunRecorder, TaskTrainer
+
+logger = logging.getLogger(__name__)
+
+_EVALUATION_BATCH = 64
+
+
+class Interrupted(RuntimeError):
+    """The run was stopped by Ctrl-C and can be resumed; the message says how."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    train: list[int]
+    held_out: list[int]
+
+
+def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict[str, Any]:
+    """Train an adapter and write the run folder ``settings.out``.
+
+    The folder then holds ``adapter/`` (PEFT's format), for Deep LoRA also ``lora/`` (a plain LoRA, no rankwise needed
+    to load it), ``predictions.csv``, ``metrics.jsonl``, ``config.json``, ``result.json``.
+
+    Returns:
+        The content of ``result.json``: scores before and after, ranks and singular values per layer, sizes, times.
+
+    Raises:
+        UserError: bad data, model, task or folder; nothing that existed is touched.
+        Interrupted: Ctrl-C; :func:`resume` goes on from the last finished step.
+    """
+    console = console or Console(stderr=True, quiet=True)
+    folder = RunFolder(settings.folder)
+    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
+        folder.create()  # raises: refuse before reading gigabytes
+    return _run(settings, folder, console, None)
+
+
+def resume(out: str | os.PathLike[str], console: Console | None = None) -> dict[str, Any]:
+    """Go on with an interrupted or killed run from its last checkpoint, to the numbers it would have reached.
+
+    Raises:
+        UserError: no such run, its data changed since, or it was made by another version.
+    """
+    folder = RunFolder(Path(out))
+    config = folder.read_config()
+    if folder.result_file.is_file():
+        raise UserError(f"the run in {folder.path} is finished: its scores are in {folder.result_file}")
+    settings = replace(FinetuneSettings.from_dict(config["settings"]), out=str(out))
+    return _run(settings, folder, console or Console(stderr=True, quiet=True), config)
+
+
+def _run(
+    settings: FinetuneSettings, folder: RunFolder, console: Console, resumed: dict[str, Any] | None
+) -> dict[str, Any]:
+    tokenizer, revision = load_tokenizer(settings.model)
+    table = read_table(settings.data, text=settings.text, text_pair=settings.text_pair, label=settings.label)
+    table, split = _with_held_out(settings, table)
+    task_name = resumed["task"] if resumed else settings.task
+    task = make_task(task_name, table, tokenizer, source=settings.model, max_length=settings.max_length)
+    if resumed and resumed["data"]["revision"] != table.revision:
+        raise UserError(f"{settings.data} has changed since the run began; start a new run or restore the file")
+    _check_training_labels(task, split)
+    set_seed(settings.seed)
+    model = load_model(task, settings.model, revision)
+    where = device()
+    model.to(where)
+    if resumed is None:
+        folder.create()
+    console.print(
+        f"{task.name} on {len(split.train)} labelled rows, {len(split.held_out)} held out "
+        f"(columns {', '.join(filter(None, asdict(table.columns).values()))}"
+        + (f"; {table.dropped} incomplete rows dropped)" if table.dropped else ")"),
+        highlight=False,
+    )
+
+    before = _evaluate(task, model, split.held_out, where, console, "before")
+    model = adapt(model, task, settings)
+    first_batches = [
+        task.collate(split.train[i * settings.batch_size : (i + 1) * settings.batch_size])
+        for i in range(min(settings.init_batches, -(-len(split.train) // settings.batch_size)))
+    ]
+    on_device = {key: value.to(where) for key, value in first_batches[0].items()}
+    if resumed:
+        precision, timing = resumed["precision"], {}
+    elif settings.precision == "auto":
+        precision, timing = choose_precision(task, model, on_device, where)
+    else:
+        precision, timing = settings.precision, {}
+    if resumed is None:
+        folder.write(folder.config_file, _config(settings, task, table, split, revision, precision, timing))
+
+    optimizer = _optimizer(model, task, settings, first_batches, where, precision, folder, console)
+    seconds = _train(model, task, settings, split, optimizer, precision, folder, console)
+    after = _evaluate(task, model, split.held_out, where, console, "after")
+    return _finish(settings, folder, model, task, split, before, after, precision, seconds, console)
+
+
+def _with_held_out(settings: FinetuneSettings, table: Table) -> tuple[Table, _Split]:
+    """The table with the evaluation rows appended, and which rows train and which are held out."""
+    count = len(table.rows)
+    if settings.shots is not None and settings.shots > count:
+        raise UserError(f"--shots {settings.shots} asks for more rows than {settings.data} has ({count})")
+    if settings.eval_data is not None:
+        columns = table.columns
+        held = read_table(
+            settings.eval_data, text=columns.text, text_pair=columns.text_pair, label=columns.label
+        )
+        train, _ = draw(count, settings.shots or count, settings.seed)
+        table = replace(table, rows=table.rows + held.rows)
+        rest = list(range(count, count + len(held.rows)))
+    else:
+        shots = settings.shots if settings.shots is not None else max(1, count - max(1, count // 5))
+        train, rest = draw(count, shots, settings.seed)
+        if not rest:
+            raise UserError(
+                f"all {count} rows of {settings.data} would be trained on and none held out; "
+                "lower --shots or name a file with --eval-data"
+            )
+    if len(rest) > settings.eval_limit:
+        chosen, _ = draw(len(rest), settings.eval_limit, settings.seed)
+        rest = [rest[i] for i in chosen]
+    return table, _Split(train, rest)
+
+
+def _check_training_labels(task: Task, split: _Split) -> None:
+    if len(np.unique(task.targets[split.train])) < 2:
+        raise UserError(
+            f"all {len(split.train)} training rows have the same label; take more --shots or another --seed"
+        )
+
+
+def _evaluate(
+    task: Task, model: nn.Module, positions: Sequence[int], where: torch.device, console: Console, when: str
+) -> dict[str, Any]:
+    """Predictions and metrics on the held-out rows, in fp32 and eval mode."""
+    was_training = model.training
+    model.eval()
+    order = sorted(positions, key=lambda p: len(task.table.rows[p]["text"]))  # equal lengths together: little padding
+    predictions: dict[int, float] = {}
+    with torch.no_grad(), console.status(f"scoring {len(order)} held-out rows ({when})"):
+        for start in range(0, len(order), _EVALUATION_BATCH):
+            chunk = order[start : start + _EVALUATION_BATCH]
+            batch = {key: value.to(where) for key, value in task.collate(chunk).items()}
+            predictions.update(zip(chunk, task.predict(model, batch).cpu().tolist(), strict=True))
+    model.train(was_training)
+    values = np.array([predictions[p] for p in positions])
+    scores = task.score(values, task.targets[list(positions)])
+    shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
+    console.print(f"{when} training: {shown}", highlight=False, soft_wrap=True)
+    return {"scores": scores, "predictions": values}
+
+
+def _optimizer(
+    model: nn.Module,
+    task: Task,
+    settings: FinetuneSettings,
+    batches: list[dict[str, Any]],
+    where: torch.device,
+    precision: str,
+    folder: RunFolder,
+    console: Console,
+) -> torch.optim.Optimizer:
+    fused = where.type in ("cpu", "cuda")
+    if settings.method == "lora":
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        return torch.optim.AdamW(
+            trainable, lr=settings.learning_rate, eps=settings.epsilon, weight_decay=0.0, fused=fused
+        )
+    if folder.last_checkpoint() is None:  # otherwise the checkpoint brings its own factors
+        try:
+            with autocast(where, precision):
+                summary = initialize_deeplora_weights(
+                    model, batches, loss_fn=task.loss, num_batches=len(batches), seed=settings.seed
+                )
+        except UserError:
+            raise
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        logger.info("%s", summary)
+        share = "" if np.isnan(summary.captured) else f": {summary.captured:.0%} of the gradient's energy captured"
+        console.print(f"placed U and V in {len(summary.layers)} layers{share} ({summary.seconds:.1f} s)", highlight=False, soft_wrap=True)
+    return create_deeplora_optimizer(
+        model,
+        torch.optim.AdamW,
+        lr=settings.learning_rate,
+        outer_lr_ratio=settings.outer_lr_ratio,
+        eps=settings.epsilon,
+        fused=fused,
+    )
+
+
+def _train(
+    model: nn.Module,
+    task: Task,
+    settings: FinetuneSettings,
+    split: _Split,
+    optimizer: torch.optim.Optimizer,
+    precision: str,
+    folder: RunFolder,
+    console: Console,
+) -> float:
+    """Train to the end (or to Ctrl-C); returns the median seconds of a step."""
+    checkpoint = folder.last_checkpoint()
+    if checkpoint:
+        folder.forget_steps_after(checkpoint[0])
+        console.print(f"resuming at step {checkpoint[0]} of {settings.steps}", highlight=False, soft_wrap=True)
+    arguments = TrainingArguments(
+        output_dir=str(folder.checkpoints),
+        max_steps=settings.steps,
+        per_device_train_batch_size=settings.batch_size,
+        learning_rate=settings.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_steps=settings.checkpoint_every,
+        save_total_limit=2,
+        seed=settings.seed,
+        data_seed=settings.seed,
+        bf16=precision == "bf16",
+        use_cpu=next(model.parameters()).device.type == "cpu",
+        remove_unused_columns=False,
+        dataloader_pin_memory=False,
+        report_to="none",
+        disable_tqdm=True,
+        log_level="error",
+    )
+    recorder = RunRecorder(folder, console, settings.steps)
+    trainer = TaskTrainer(
+        task=task,
+        model=model,
+        args=arguments,
+        train_dataset=Positions(split.train),
+        data_collator=task.collate,
+        optimizers=(optimizer, None),
+        callbacks=[recorder],
+    )
+    from transformers.trainer_callback import PrinterCallback
+
+    trainer.remove_callback(PrinterCallback)
+    with recorder.catching_interrupts(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+        try:
+            trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
+        except KeyboardInterrupt:
+            recorder.interrupted = True
+    if recorder.interrupted and trainer.state.global_step < settings.steps:
+        raise Interrupted(
+            f"stopped at step {trainer.state.global_step} of {settings.steps}; go on with\n"
+            f"  rankwise finetune --resume --out {folder.path}"
+        )
+    seconds = [entry["seconds"] for entry in folder.read_metrics() if "loss" in entry]
+    return float(np.median(seconds)) if seconds else float("nan")
+
+
+def _finish(
+    settings: FinetuneSettings,
+    folder: RunFolder,
+    model: nn.Module,
+    task: Task,
+    split: _Split,
+    before: dict[str, Any],
+    after: dict[str, Any],
+    precision: str,
+    seconds: float,
+    console: Console,
+) -> dict[str, Any]:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"expected a PeftModel to save, got {type(model).__name__}")
+    for leftover in (folder.adapter, folder.lora):  # of a run killed while it was finishing
+        shutil.rmtree(leftover, ignore_errors=True)
+    with replacing_folder(folder.adapter) as temporary:
+        model.save_pretrained(str(temporary), safe_serialization=True)
+    layers = adapter_spectra(model)
+    exported = folder.adapter
+    if settings.method == "deep-lora":
+        summary = save_as_lora(model, folder.lora)
+        console.print(f"exported {summary}", highlight=False, soft_wrap=True)
+        exported = folder.lora
+    _write_predictions(folder, task, split, before["predictions"], after["predictions"])
+    result = {
+        "method": settings.method,
+        "task": task.name,
+        "primary_metric": task.primary_metric,
+        "train_rows": len(split.train),
+        "held_out_rows": len(split.held_out),
+        "steps": settings.steps,
+        "precision": precision,
+        "scores": {"before": before["scores"], "after": after["scores"]},
+        "seconds_per_step": seconds,
+        "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "adapter_bytes": _folder_bytes(folder.adapter),
+        "exported_bytes": _folder_bytes(exported),
+        "layers": [asdict(layer) for layer in layers],
+    }
+    folder.write(folder.result_file, result)
+    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    console.print(_summary_line(result), highlight=False, soft_wrap=True)
+    return result
+
+
+def _summary_line(result: dict[str, Any]) -> str:
+    metric = result["primary_metric"]
+    was, now = (result["scores"][when][metric] for when in ("before", "after"))
+    shown = " -> ".join("undefined" if value is None else f"{value:.4f}" for value in (was, now))
+    ranks = [layer["rank"] for layer in result["layers"]]
+    return (
+        f"{result['method']}: {metric} {shown}, ranks {min(ranks)} to {max(ranks)} (sum {sum(ranks)}), "
+        f"{result['exported_bytes']:,} bytes, {result['seconds_per_step']:.2f} s a step"
+    )
+
+
+def _write_predictions(folder: RunFolder, task: Task, split: _Split, before: Any, after: Any) -> None:
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(["row", "target", "before", "after"])
+    for position, was, now in zip(split.held_out, before, after, strict=True):
+        writer.writerow([task.table.rows[position]["row"], task.targets[position], was, now])
+    temporary = folder.predictions_file.with_suffix(".tmp")
+    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
+    os.replace(temporary, folder.predictions_file)
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def _config(
+    settings: FinetuneSettings,
+    task: Task,
+    table: Table,
+    split: _Split,
+    revision: str | None,
+    precision: str,
+    timing: dict[str, float],
+) -> dict[str, Any]:
+    return {
+        "settings": settings.to_dict(),
+        "task": task.name,
+        "task_details": task.describe(),
+        "learning_rate": settings.learning_rate,
+        "adam_eps": settings.epsilon,
+        "model_revision": revision,
+        "data": {
+            "source": table.source,
+            "revision": table.revision,
+            "columns": asdict(table.columns),
+            "dropped_rows": table.dropped,
+            "train_rows": [table.rows[p]["row"] for p in split.train],
+        },
+        "precision": precision,
+        "precision_seconds": timing,
+        "environment": environment(),
+    }
+
+

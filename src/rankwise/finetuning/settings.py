@@ -1,0 +1,113 @@
+"""Everything that decides a fine-tuning run."""
+
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from rankwise.errors import UserError
+
+METHODS = ("deep-lora", "lora")
+PRECISIONS = ("auto", "fp32", "bf16")
+PRESETS: dict[str, dict[str, Any]] = {
+    # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
+    "paper": {"lr": 1e-2, "outer_lr_ratio": 1e-2, "adam_eps": 1e-6, "inner_depth": 3, "init_scale": 1e-3, "r": 8},
+}
+_DEFAULT_LR = {"deep-lora": 3e-3, "lora": 1e-3}
+_DEFAULT_EPS = {"deep-lora": 1e-6, "lora": 1e-8}
+
+
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """Settings of :func:`rankwise.finetuning.finetune`; ``None`` means "choose for me" and is resolved in the run.
+
+    Attributes:
+        model: local folder or hub name of a pretrained model.
+        data: CSV, TSV, JSONL or Parquet file, or ``hub:NAME``.
+        out: run folder to create.
+        task: auto, pair-similarity, classification or regression.
+        method: deep-lora or lora.
+        shots: labelled rows to train on, drawn by ``seed``; all (less the held-out fifth) unless given.
+        eval_data: held-out file; otherwise the rows not drawn, or a fifth.
+        eval_limit: at most this many held-out rows.
+        text, text_pair, label: column names; guessed unless given.
+        r, inner_depth, init_scale, variant: the adapter, see :class:`rankwise.adapters.DeepLoraConfig`.
+        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps. Defaults: deep-lora 3e-3, 1, 1e-6; lora 1e-3, –, 1e-8.
+        init_batches: batches averaged for the gradient that places U and V.
+        max_length: tokens kept of every text.
+        precision: auto measures bf16 autocast against fp32 on this machine and takes it only where it is faster.
+        save_every: steps between checkpoints; a tenth of the run unless given.
+    """
+
+    model: str
+    data: str
+    out: str
+    task: str = "auto"
+    method: str = "deep-lora"
+    shots: int | None = None
+    seed: int = 0
+    eval_data: str | None = None
+    eval_limit: int = 2000
+    text: str | None = None
+    text_pair: str | None = None
+    label: str | None = None
+    r: int = 8
+    inner_depth: int = 3
+    init_scale: float = 1e-3
+    variant: str = "compressed"
+    lr: float | None = None
+    outer_lr_ratio: float = 1.0
+    adam_eps: float | None = None
+    steps: int = 200
+    batch_size: int = 16
+    init_batches: int = 1
+    max_length: int = 128
+    precision: str = "auto"
+    save_every: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "r", "inner_depth", "init_batches", "max_length", "eval_limit"):
+            _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        for name in ("shots", "save_every"):
+            value = getattr(self, name)
+            _require(value is None or value >= 1, name, "at least 1", value)
+        for name in ("lr", "adam_eps", "init_scale"):
+            value = getattr(self, name)
+            _require(value is None or 0 < value < float("inf"), name, "a positive number", value)
+        _require(0 <= self.outer_lr_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
+        _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
+        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
+
+    @property
+    def learning_rate(self) -> float:
+        return self.lr if self.lr is not None else _DEFAULT_LR[self.method]
+
+    @property
+    def epsilon(self) -> float:
+        return self.adam_eps if self.adam_eps is not None else _DEFAULT_EPS[self.method]
+
+    @property
+    def checkpoint_every(self) -> int:
+        return self.save_every if self.save_every is not None else max(1, self.steps // 10)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.out)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> "FinetuneSettings":
+        """The settings of a saved run; unknown entries of a newer version are refused."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(content) - known)
+        if unknown:
+            raise UserError(f"the run was made by another version of rankwise (unknown settings: {', '.join(unknown)})")
+        return cls(**content)
+
+
+def _require(holds: bool, name: str, expected: str, got: object) -> None:
+    if not holds:
+        option = "--" + name.replace("_", "-")
+        raise UserError(f"{option} must be {expected}, got {got}")
