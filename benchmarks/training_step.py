@@ -1,7 +1,7 @@
 """Step time and peak memory of Deep LoRA against PEFT's LoRA: MiniLM, r = 8 on the same 36 layers, 16 × 64 tokens.
 
-    python benchmarks/training_step.py              # everything, writes results/training_step.json
-    python benchmarks/training_step.py --memory deep-lora fp32   # one side in this process, for the peak memory
+python benchmarks/training_step.py              # everything, writes results/training_step.json
+python benchmarks/training_step.py --memory deep-lora fp32   # one side in this process, for the peak memory
 """
 
 import argparse

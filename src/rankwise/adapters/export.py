@@ -110,7 +110,9 @@ def save_as_lora(
         raise ValueError(f"no Deep LoRA adapter named {adapter_name!r} in this model (adapters: {known})")
     if any(isinstance(module, DeepLoraLayer) and module.merged for module in model.modules()):
         raise ValueError("the adapter is merged into the base weights; call unmerge_adapter() before exporting it")
-    return _export(get_peft_model_state_dict(model, adapter_name=adapter_name), config, Path(path), rank, energy, tol, dtype)
+    return _export(
+        get_peft_model_state_dict(model, adapter_name=adapter_name), config, Path(path), rank, energy, tol, dtype
+    )
 
 
 def export_adapter_folder(
@@ -138,9 +140,13 @@ def export_adapter_folder(
         raise ValueError(f"{config_file} is not valid JSON ({error})") from error
     kind = saved.get("peft_type") if isinstance(saved, dict) else None
     if kind != "DEEPLORA":
-        raise ValueError(f"{folder} holds a {kind or 'nameless'} adapter; only Deep LoRA adapters can be exported to LoRA")
+        raise ValueError(
+            f"{folder} holds a {kind or 'nameless'} adapter; only Deep LoRA adapters can be exported to LoRA"
+        )
     try:
-        config = DeepLoraConfig(**{key: value for key, value in saved.items() if key in DeepLoraConfig.__dataclass_fields__})
+        config = DeepLoraConfig(
+            **{key: value for key, value in saved.items() if key in DeepLoraConfig.__dataclass_fields__}
+        )
         with safe_open(weights_file, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
     except (SafetensorError, OSError, TypeError) as error:
@@ -222,9 +228,7 @@ def _check_cutoff(rank: int | None, energy: float | None, tol: float | None) -> 
         raise ValueError(f"tol is relative to σ₁ and must lie in [0, 1), got {tol}")
 
 
-def _rank_to_keep(
-    S: Tensor, shape: tuple[int, int], rank: int | None, energy: float | None, tol: float | None
-) -> int:
+def _rank_to_keep(S: Tensor, shape: tuple[int, int], rank: int | None, energy: float | None, tol: float | None) -> int:
     numerical = numerical_rank(S, shape=shape)
     if rank is not None:
         return min(rank, numerical)
@@ -256,7 +260,7 @@ def _lora_config(config: DeepLoraConfig, ranks: dict[str, int]) -> dict[str, Any
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         modules_to_save=config.modules_to_save,
-        bias="lora_only" if config.bias == "deeplora_only" else config.bias,
+        bias="lora_only" if config.bias == "deeplora_only" else config.bias,  # type: ignore[arg-type]  # checked there
         fan_in_fan_out=config.fan_in_fan_out,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,

@@ -29,7 +29,10 @@ class LayerGradient:
         """Add Σ δᵢxᵢᵀ over all leading dimensions of δ (…, m) and x (…, n)."""
         self.pairs.append((delta.reshape(-1, self.out_features), x.reshape(-1, self.in_features)))
         rows = sum(pair[0].shape[0] for pair in self.pairs)
-        if self.dense is not None or rows * (self.out_features + self.in_features) > self.out_features * self.in_features:
+        if (
+            self.dense is not None
+            or rows * (self.out_features + self.in_features) > self.out_features * self.in_features
+        ):
             self._multiply_out()
 
     def _multiply_out(self) -> None:
@@ -56,13 +59,13 @@ class _Watch(torch.autograd.Function):
     """Identity on the output; on the way back it reports (∂loss/∂output, input)."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, x: Tensor, report: Callable[[Tensor, Tensor], None]) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, output: Tensor, x: Tensor, report: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.report = report
         ctx.save_for_backward(x)  # as a saved tensor, so that gradient checkpointing recomputes instead of keeping it
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
         ctx.report(delta, ctx.saved_tensors[0])
         return delta, None, None
 
@@ -134,7 +137,9 @@ def _require_scalar(loss: Any) -> None:
         got = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"the loss must be a single number as a tensor, got {got}; reduce it with .mean()")
     if not bool(torch.isfinite(loss)):
-        raise ValueError(f"the loss is {float(loss)}, so its gradient points nowhere; look at this batch and its labels")
+        raise ValueError(
+            f"the loss is {float(loss)}, so its gradient points nowhere; look at this batch and its labels"
+        )
 
 
 @contextmanager

@@ -5,6 +5,7 @@ import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,9 @@ class InitializationSummary:
     def captured(self) -> float:
         """Share of the whole gradient's energy: Σ captured·‖G‖² / Σ‖G‖²."""
         energy = sum(layer.gradient_norm**2 for layer in self.layers)
-        return sum(layer.captured * layer.gradient_norm**2 for layer in self.layers) / energy if energy else float("nan")
+        return (
+            sum(layer.captured * layer.gradient_norm**2 for layer in self.layers) / energy if energy else float("nan")
+        )
 
     def __str__(self) -> str:
         rows = [f"{'layer':<48} {'width':>5} {'|G|':>10} {'captured':>9}"]
@@ -115,7 +118,10 @@ def initialize_deeplora_weights(
     variant = _variant(model, adapter_name)
     loss = float("nan")
     if variant == "random":
-        found = {name: _frames(_shape_only(layer), layer.r[adapter_name], variant, generator) for name, layer in layers.items()}
+        found = {
+            name: _frames(_shape_only(layer, adapter_name), layer.r[adapter_name], variant, generator)
+            for name, layer in layers.items()
+        }
     else:
         found, loss = _frames_from_gradient(
             model, layers, adapter_name, variant, _first(batches, num_batches), loss_fn, generator
@@ -136,8 +142,8 @@ def save_subspaces(model: nn.Module, path: str | os.PathLike[str], *, adapter_na
     """
     tensors = {}
     for name, layer in _layers_with(model, adapter_name).items():
-        tensors[f"{name}.left"] = layer.deeplora_left[adapter_name].weight.detach()
-        tensors[f"{name}.right"] = layer.deeplora_right[adapter_name].weight.detach().mT
+        left, _, right = layer.factors(adapter_name)
+        tensors[f"{name}.left"], tensors[f"{name}.right"] = left.detach(), right.detach().mT
     save_tensors(tensors, Path(path), kind="deeplora-subspaces")
 
 
@@ -175,7 +181,7 @@ def _frames_from_gradient(
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             on_device = _to_device(batch, next(model.parameters()).device)
-            total += capture.run(lambda batch=on_device: _loss(model, batch, loss_fn))
+            total += capture.run(partial(_loss, model, on_device, loss_fn))
         for name in list(running):  # reached by an earlier batch, not by the last
             found[name] = _frames(running[name], layers[name].r[adapter_name], variant, generator)
     _refuse(problems, [name for name in layers if name not in found and name not in problems])
@@ -241,18 +247,16 @@ def _variant(model: nn.Module, adapter_name: str) -> str:
     return getattr(model, "peft_config")[adapter_name].variant  # noqa: B009  # nn.Module's __getattr__ hides it from mypy
 
 
-def _shape_only(layer: DeepLoraLayer) -> OuterProduct:
+def _shape_only(layer: DeepLoraLayer, adapter_name: str) -> OuterProduct:
     """A zero operator of the layer's shape: the random variant asks only for sizes."""
-    weight = layer.deeplora_left[next(iter(layer.deeplora_left))].weight
-    dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    zeros = {"dtype": dtype, "device": weight.device}
-    return OuterProduct(torch.zeros(0, layer.out_features, **zeros), torch.zeros(0, layer.in_features, **zeros))
+    empty = layer.factors(adapter_name).left.new_zeros(0, dtype=torch.float32)
+    return OuterProduct(empty.new_zeros(0, layer.out_features), empty.new_zeros(0, layer.in_features))
 
 
 def _first(batches: Iterable[Any] | None, num_batches: int) -> list[Any]:
     if num_batches < 1:
         raise ValueError(f"num_batches must be at least 1, got {num_batches}")
-    if isinstance(batches, Mapping) or isinstance(batches, Tensor):
+    if isinstance(batches, Mapping | Tensor):
         raise ValueError("batches must be an iterable of batches; wrap a single one in a list: [batch]")
     first = list(itertools.islice(batches, num_batches)) if batches is not None else []
     if not first:

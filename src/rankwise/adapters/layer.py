@@ -3,10 +3,9 @@
 import warnings
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, reduce
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -49,9 +48,7 @@ def _shift(width: int, start: float, dtype: torch.dtype, device: torch.device) -
     return torch.eye(width, dtype=dtype, device=device) * -start
 
 
-def scaled_left(
-    left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_scale: float
-) -> Float[Tensor, "m r"]:
+def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_scale: float) -> Float[Tensor, "m r"]:
     """B = U(W̃_L⋯W̃_1 − ε^L·I) in float32 or better: ΔW = B·Vᵀ.
 
     Deaf to autocast: a core near ε^L·I computed in bf16 would drown in its own rounding. Plain autograd, because a
@@ -74,8 +71,18 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+class Factors(NamedTuple):
+    """The trainable arrays of one adapter: U (d_out, r), W̃ (L, r, r), Vᵀ (r, d_in)."""
+
+    left: nn.Parameter
+    inner: nn.Parameter
+    right: nn.Parameter
+
+
 class DeepLoraLayer(BaseTunerLayer):
     """What every Deep LoRA layer holds, keyed by adapter name."""
+
+    merged_adapters: list[str]
 
     adapter_layer_names = ("deeplora_left", "deeplora_right", "deeplora_inner")
     other_param_names = ("r", "init_scale", "inner_depth", "deeplora_dropout")
@@ -112,7 +119,7 @@ class DeepLoraLayer(BaseTunerLayer):
         self.deeplora_left[adapter_name] = Factor(self.out_features, r)
         self.deeplora_right[adapter_name] = Factor(r, self.in_features)
         self.deeplora_inner[adapter_name] = Factor(inner_depth, r, r)
-        if not self.deeplora_left[adapter_name].weight.is_meta:
+        if not self.factors(adapter_name).left.is_meta:
             self.reset_adapter(adapter_name, no_op=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -124,24 +131,26 @@ class DeepLoraLayer(BaseTunerLayer):
         left, right = haar_frame(self.out_features, r), haar_frame(self.in_features, r)
         self.set_frames(adapter_name, left, right)
         if not no_op:
-            inner = self.deeplora_inner[adapter_name].weight
-            inner.copy_(torch.randn(depth, r, r) / r**0.5)
+            self.factors(adapter_name).inner.copy_(torch.randn(depth, r, r) / r**0.5)
 
     @torch.no_grad()
     def set_frames(self, adapter_name: str, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
         """Start over between these frames: U = left, V = right, inner factors ε·I."""
         depth, r = self.inner_depth[adapter_name], self.r[adapter_name]
-        self.deeplora_left[adapter_name].weight.copy_(left)
-        self.deeplora_right[adapter_name].weight.copy_(right.mT)
-        self.deeplora_inner[adapter_name].weight.copy_(identity_factors(depth, r, self.init_scale[adapter_name]))
+        factors = self.factors(adapter_name)
+        factors.left.copy_(left)
+        factors.right.copy_(right.mT)
+        factors.inner.copy_(identity_factors(depth, r, self.init_scale[adapter_name]))
+
+    def factors(self, adapter_name: str) -> Factors:
+        """The current parameters. Look them up each time: PEFT's dtype casts and loaders replace them."""
+        containers = (self.deeplora_left, self.deeplora_inner, self.deeplora_right)
+        return Factors(*(cast(Factor, container[adapter_name]).weight for container in containers))
 
     def scaled_left(self, adapter_name: str) -> Float[Tensor, "m r"]:
         """B = U(core − ε^L·I) of one adapter, in float32 or better."""
-        return scaled_left(
-            self.deeplora_left[adapter_name].weight,
-            self.deeplora_inner[adapter_name].weight,
-            self.init_scale[adapter_name],
-        )
+        left, inner, _ = self.factors(adapter_name)
+        return scaled_left(left, inner, self.init_scale[adapter_name])
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
@@ -202,7 +211,7 @@ class DeepLoraLinear(nn.Module, DeepLoraLayer):
         # The factors follow the activations' dtype, not the other way round: casting r×d beats copying tokens×d.
         dtype = result.dtype
         x = self.deeplora_dropout[adapter_name](x if x.dtype == dtype else x.to(dtype))
-        projected = F.linear(x, self.deeplora_right[adapter_name].weight.to(dtype))
+        projected = nn.functional.linear(x, self.factors(adapter_name).right.to(dtype))
         B = self.scaled_left(adapter_name).to(dtype)
         rows = projected.flatten(0, -2) if projected.ndim > 1 else projected.unsqueeze(0)
         flat = result.reshape(rows.shape[0], -1)
@@ -219,7 +228,7 @@ class DeepLoraLinear(nn.Module, DeepLoraLayer):
     def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "m n"]:
         """ΔW = U(core − ε^L·I)Vᵀ, dense, in the layer's weight layout, in float32 or better."""
         B = self.scaled_left(adapter_name)
-        delta = B @ self.deeplora_right[adapter_name].weight.to(B.dtype)
+        delta = B @ self.factors(adapter_name).right.to(B.dtype)
         return delta.mT if self.fan_in_fan_out else delta
 
     @torch.no_grad()

@@ -8,8 +8,6 @@ from torch import nn
 
 from rankwise.adapters.layer import DeepLoraLayer
 
-_OUTER = ("deeplora_left", "deeplora_right")
-
 
 def deeplora_param_groups(
     model: nn.Module,
@@ -104,17 +102,19 @@ def create_deeplora_optimizer(
             if name in accepted:
                 optimizer_kwargs.setdefault(name, value)
     groups = deeplora_param_groups(model, lr=lr, outer_lr_ratio=outer_lr_ratio, head_lr=head_lr)
-    return optimizer_cls(groups, lr=lr, **optimizer_kwargs)
+    return optimizer_cls(groups, **{"lr": lr, **optimizer_kwargs})
 
 
 def _factors(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(inner, outer) parameters of the active adapters, in the model's order."""
-    inner, outer = [], []
+    inner: list[nn.Parameter] = []
+    outer: list[nn.Parameter] = []
     for module in model.modules():
         if not isinstance(module, DeepLoraLayer):
             continue
         for adapter_name in module.active_adapters:
             if adapter_name in module.deeplora_left:
-                inner.append(module.deeplora_inner[adapter_name].weight)
-                outer.extend(getattr(module, name)[adapter_name].weight for name in _OUTER)
+                factors = module.factors(adapter_name)
+                inner.append(factors.inner)
+                outer.extend((factors.left, factors.right))
     return inner, outer

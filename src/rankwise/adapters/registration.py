@@ -13,7 +13,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPIN
 PREFIX = "deeplora_"  # transformers derives it too, as peft_type.lower() + "_"
 
 
-class DeepLoraPeftType(str, enum.Enum):
+class DeepLoraPeftType(str, enum.Enum):  # noqa: UP042  # as PEFT's own enum, whose members print the same way
     """What ``adapter_config.json`` says in its ``peft_type``."""
 
     DEEPLORA = "DEEPLORA"

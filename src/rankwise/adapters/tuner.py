@@ -54,7 +54,7 @@ class DeepLoraModel(BaseTuner):
         else:
             peft_config.exclude_modules = sorted({*(excluded or ()), *left_out})
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # every PEFT tuner narrows the config
         self,
         peft_config: DeepLoraConfig,
         adapter_name: str,
@@ -65,13 +65,13 @@ class DeepLoraModel(BaseTuner):
         **_: Any,
     ) -> None:
         layer = target.get_base_layer() if isinstance(target, DeepLoraLayer) else target
-        _require_linear(layer, current_key)
+        layer = _require_linear(layer, current_key)
         width = _width(peft_config, current_key)
         smaller = min(layer.in_features, layer.out_features)
         if width > smaller:
             logger.warning("%s: width %d clamped to %d, the layer's smaller side", current_key, width, smaller)
             width = smaller
-        settings = {
+        settings: dict[str, Any] = {
             "inner_depth": peft_config.inner_depth,
             "init_scale": peft_config.init_scale,
             "dropout": peft_config.dropout,
@@ -81,19 +81,17 @@ class DeepLoraModel(BaseTuner):
         if isinstance(target, DeepLoraLinear):
             target.update_layer(adapter_name, width, **settings)
             return
-        new_module = DeepLoraLinear(
-            target, adapter_name, width, fan_in_fan_out=peft_config.fan_in_fan_out, **settings
-        )
+        new_module = DeepLoraLinear(layer, adapter_name, width, fan_in_fan_out=peft_config.fan_in_fan_out, **settings)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
 
 
 def _width(peft_config: DeepLoraConfig, name: str) -> int:
-    return peft_config.rank_pattern.get(get_pattern_key(peft_config.rank_pattern, name), peft_config.r)
+    return peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), name), peft_config.r)
 
 
-def _require_linear(layer: nn.Module, name: str) -> None:
+def _require_linear(layer: nn.Module, name: str) -> nn.Linear:
     kind = type(layer).__name__
     if isinstance(layer, NonDynamicallyQuantizableLinear):
         raise TypeError(
@@ -111,3 +109,4 @@ def _require_linear(layer: nn.Module, name: str) -> None:
             f"{name} holds quantized weights ({layer.weight.dtype}), which Deep LoRA does not adapt yet; "
             "load the model in float32 or bfloat16"
         )
+    return layer

@@ -46,14 +46,14 @@ def finetune(
         typer.Option(help="Labelled rows to train on, drawn by --seed; the rest is held out.", rich_help_panel=_DATA),
     ] = None,
     seed: Annotated[int, typer.Option(help="Draws the rows, the frames and the order.")] = 0,
-    eval_data: Annotated[
-        str | None, typer.Option(help="File with the held-out rows.", rich_help_panel=_DATA)
-    ] = None,
+    eval_data: Annotated[str | None, typer.Option(help="File with the held-out rows.", rich_help_panel=_DATA)] = None,
     eval_limit: Annotated[int, typer.Option(help="At most this many held-out rows.", rich_help_panel=_DATA)] = 2000,
     text: Annotated[str | None, typer.Option(help="Text column; guessed otherwise.", rich_help_panel=_DATA)] = None,
     text_pair: Annotated[str | None, typer.Option(help="Second text column.", rich_help_panel=_DATA)] = None,
     label: Annotated[str | None, typer.Option(help="Label or score column.", rich_help_panel=_DATA)] = None,
-    r: Annotated[int, typer.Option("--rank", "-r", help="Width: upper bound on the rank.", rich_help_panel=_ADAPTER)] = 8,
+    r: Annotated[
+        int, typer.Option("--rank", "-r", help="Width: upper bound on the rank.", rich_help_panel=_ADAPTER)
+    ] = 8,
     inner_depth: Annotated[int | None, typer.Option(help="Inner factors (3).", rich_help_panel=_ADAPTER)] = None,
     init_scale: Annotated[
         float | None, typer.Option(help="Inner factors start at this times I (1e-3).", rich_help_panel=_ADAPTER)
@@ -94,13 +94,17 @@ def finetune(
         runner, settings_module = _load()
     if resume:
         if model is not None or data is not None:
-            raise UserError("--resume takes the model, data and settings from the run folder; leave --model and --data out")
+            raise UserError(
+                "--resume takes the model, data and settings from the run folder; leave --model and --data out"
+            )
         runner.resume(out, console)
         _write_report(out, console)
         return
     if model is None or data is None:
         missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
-        raise UserError(f"{missing} missing; for example:\n  rankwise finetune --model ./my-model --data pairs.csv --out {out}")
+        raise UserError(
+            f"{missing} missing; for example:\n  rankwise finetune --model ./my-model --data pairs.csv --out {out}"
+        )
     chosen = {
         "inner_depth": inner_depth,
         "init_scale": init_scale,

@@ -82,7 +82,9 @@ def _report_failure(error: Exception) -> int:
         return _complain("out of memory; a smaller --batch-size or --max-length needs less", 1)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
-        return _complain(f"{error.strerror or error}{where}; free some space or choose another folder, then try again", 1)
+        return _complain(
+            f"{error.strerror or error}{where}; free some space or choose another folder, then try again", 1
+        )
     reason = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
     return _complain(f"unexpected failure: {reason}\nset RANKWISE_DEBUG=1 to see where, and please report it", 1)
 

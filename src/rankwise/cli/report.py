@@ -19,7 +19,9 @@ def register(app: typer.Typer) -> None:
 
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run folders of rankwise finetune.")],
-    out: Annotated[str, typer.Option(help="HTML file to write; a .json of the same name goes beside it.")] = "report.html",
+    out: Annotated[
+        str, typer.Option(help="HTML file to write; a .json of the same name goes beside it.")
+    ] = "report.html",
     title: Annotated[str, typer.Option(help="Heading of the page.")] = "Fine-tuning with low rank",
 ) -> None:
     from rankwise.diagnostics import write_report

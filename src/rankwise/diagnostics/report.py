@@ -146,9 +146,7 @@ def _distinct_labels(runs: list[dict[str, Any]]) -> None:
             run["label"] = f"{run['label']} ({run['folder']})"
 
 
-def _page(
-    title: str, runs: list[dict[str, Any]], figures: list[tuple[str, str, str]], checks: dict[str, Any]
-) -> str:
+def _page(title: str, runs: list[dict[str, Any]], figures: list[tuple[str, str, str]], checks: dict[str, Any]) -> str:
     sections = "\n".join(
         f'<section><h2>{html.escape(name)}</h2><p class="note">{html.escape(note)}</p>'
         f'<figure aria-label="{html.escape(name)}">{svg}</figure></section>'

@@ -1,6 +1,7 @@
 """Singular values of every ΔW in a model, from its factors."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -77,8 +78,8 @@ def _pair(module: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor] | None:
     """ΔW = B·A of a layer, or None where there is no such adapter."""
     if isinstance(module, DeepLoraLayer) and adapter_name in module.deeplora_left:
         B = module.scaled_left(adapter_name)
-        return B, module.deeplora_right[adapter_name].weight.to(B.dtype)
+        return B, module.factors(adapter_name).right.to(B.dtype)
     if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-        B = module.lora_B[adapter_name].weight.float() * module.scaling[adapter_name]
-        return B, module.lora_A[adapter_name].weight.float()
+        B, A = (cast(nn.Linear, side[adapter_name]).weight.float() for side in (module.lora_B, module.lora_A))
+        return B * module.scaling[adapter_name], A
     return None

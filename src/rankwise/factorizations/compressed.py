@@ -72,7 +72,12 @@ class CompressedDeepLinear(nn.Module):
 
     @classmethod
     def from_subspaces(
-        cls, subspaces: InvariantSubspaces, depth: int, init_scale: float | Sequence[float], *, train_outer: bool = False
+        cls,
+        subspaces: InvariantSubspaces,
+        depth: int,
+        init_scale: float | Sequence[float],
+        *,
+        train_outer: bool = False,
     ) -> "CompressedDeepLinear":
         """Start from ε_l·I between the frames that :func:`invariant_subspaces` found."""
         width = subspaces.left.shape[1]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from functools import reduce
+from itertools import pairwise
 
 import torch
 from jaxtyping import Float
@@ -31,7 +32,7 @@ class DeepLinear(nn.Module):
         super().__init__()
         if not weights:
             raise ValueError("a deep factorization needs at least one factor")
-        for depth, (lower, upper) in enumerate(zip(weights, weights[1:], strict=False), start=1):
+        for depth, (lower, upper) in enumerate(pairwise(weights), start=1):
             if lower.shape[0] != upper.shape[1]:
                 raise ValueError(
                     f"factor {depth} ends in {lower.shape[0]} rows but factor {depth + 1} has {upper.shape[1]} columns"

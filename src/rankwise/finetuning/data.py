@@ -11,9 +11,31 @@ import pandas as pd
 
 from rankwise.errors import UserError
 
-_TEXT_NAMES = ("sentence1", "text", "sentence", "premise", "question", "question1", "query", "review", "content", "title")
+_TEXT_NAMES = (
+    "sentence1",
+    "text",
+    "sentence",
+    "premise",
+    "question",
+    "question1",
+    "query",
+    "review",
+    "content",
+    "title",
+)
 _PAIR_NAMES = ("sentence2", "text_pair", "hypothesis", "question2", "answer", "document", "passage")
-_LABEL_NAMES = ("label", "labels", "score", "similarity_score", "similarity", "rating", "target", "class", "category", "y")
+_LABEL_NAMES = (
+    "label",
+    "labels",
+    "score",
+    "similarity_score",
+    "similarity",
+    "rating",
+    "target",
+    "class",
+    "category",
+    "y",
+)
 _FORMATS = ".csv, .tsv, .jsonl, .parquet or hub:NAME"
 
 
@@ -46,7 +68,9 @@ class Table:
     dropped: int
 
 
-def read_table(source: str, *, text: str | None = None, text_pair: str | None = None, label: str | None = None) -> Table:
+def read_table(
+    source: str, *, text: str | None = None, text_pair: str | None = None, label: str | None = None
+) -> Table:
     """Read a CSV, TSV, JSONL or Parquet file, or ``hub:NAME[:CONFIG]`` (its train split).
 
     Args:
@@ -127,7 +151,9 @@ def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise UserError(f"cannot tell the format of {path} from {path.suffix or 'a name without ending'!r}; expected {_FORMATS}")
+        raise UserError(
+            f"cannot tell the format of {path} from {path.suffix or 'a name without ending'!r}; expected {_FORMATS}"
+        )
     try:
         frame = reader()
     except pd.errors.EmptyDataError:
@@ -180,12 +206,12 @@ def _guess_columns(
             f"cannot tell which column of {source} is the label; it has {', '.join(names)}. Name it with --label"
         )
     if text is None:
-        text = next((lower[name] for name in _TEXT_NAMES if name in lower and lower[name] not in (label, text_pair)), None)
+        text = next(
+            (lower[name] for name in _TEXT_NAMES if name in lower and lower[name] not in (label, text_pair)), None
+        )
         text = text or _longest_text(frame, {label, text_pair})
         if text is None:
-            raise UserError(
-                f"cannot find a text column in {source}; it has {', '.join(names)}. Name it with --text"
-            )
+            raise UserError(f"cannot find a text column in {source}; it has {', '.join(names)}. Name it with --text")
         text_pair = text_pair or next((lower[name] for name in _PAIR_NAMES if name in lower), None)
         text_pair = None if text_pair in (text, label) else text_pair
     if len({text, text_pair, label}) < 3 and text in (label, text_pair):

@@ -47,7 +47,7 @@ def adapt(model: nn.Module, task: Task, settings: FinetuneSettings) -> nn.Module
     """Wrap the model with the method's PEFT adapter on every linear layer that the loss reaches."""
     from peft import LoraConfig, get_peft_model
 
-    common = {
+    common: dict[str, Any] = {
         "r": settings.r,
         "target_modules": "all-linear",
         "exclude_modules": task.modules_left_out(model) or None,

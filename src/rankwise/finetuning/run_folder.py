@@ -85,7 +85,7 @@ class RunFolder:
 
 def environment() -> dict[str, Any]:
     """Versions and git revision; nothing from the environment's variables."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "transformers", "peft", "accelerate", "numpy"):
         try:
             packages[name] = version(name)

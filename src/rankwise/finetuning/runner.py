@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import shutil
-import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -111,12 +110,13 @@ def _run(
         for i in range(min(settings.init_batches, -(-len(split.train) // settings.batch_size)))
     ]
     on_device = {key: value.to(where) for key, value in first_batches[0].items()}
+    timing: dict[str, float] = {}
     if resumed:
-        precision, timing = resumed["precision"], {}
+        precision = resumed["precision"]
     elif settings.precision == "auto":
         precision, timing = choose_precision(task, model, on_device, where)
     else:
-        precision, timing = settings.precision, {}
+        precision = settings.precision
     if resumed is None:
         folder.write(folder.config_file, _config(settings, task, table, split, revision, precision, timing))
 
@@ -133,9 +133,7 @@ def _with_held_out(settings: FinetuneSettings, table: Table) -> tuple[Table, _Sp
         raise UserError(f"--shots {settings.shots} asks for more rows than {settings.data} has ({count})")
     if settings.eval_data is not None:
         columns = table.columns
-        held = read_table(
-            settings.eval_data, text=columns.text, text_pair=columns.text_pair, label=columns.label
-        )
+        held = read_table(settings.eval_data, text=columns.text, text_pair=columns.text_pair, label=columns.label)
         train, _ = draw(count, settings.shots or count, settings.seed)
         table = replace(table, rows=table.rows + held.rows)
         rest = list(range(count, count + len(held.rows)))
@@ -203,13 +201,15 @@ def _optimizer(
                 summary = initialize_deeplora_weights(
                     model, batches, loss_fn=task.loss, num_batches=len(batches), seed=settings.seed
                 )
-        except UserError:
-            raise
         except ValueError as error:
             raise UserError(str(error)) from None
         logger.info("%s", summary)
         share = "" if np.isnan(summary.captured) else f": {summary.captured:.0%} of the gradient's energy captured"
-        console.print(f"placed U and V in {len(summary.layers)} layers{share} ({summary.seconds:.1f} s)", highlight=False, soft_wrap=True)
+        console.print(
+            f"placed U and V in {len(summary.layers)} layers{share} ({summary.seconds:.1f} s)",
+            highlight=False,
+            soft_wrap=True,
+        )
     return create_deeplora_optimizer(
         model,
         torch.optim.AdamW,
@@ -382,5 +382,3 @@ def _config(
         "precision_seconds": timing,
         "environment": environment(),
     }
-
-

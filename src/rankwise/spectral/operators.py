@@ -115,7 +115,9 @@ class SparseRows:
 
     def __init__(self, rows: Int[Tensor, " N"], values: Float[Tensor, "N n"], num_rows: int):
         if rows.ndim != 1 or values.ndim != 2 or rows.shape[0] != values.shape[0]:
-            raise ValueError(f"expected N rows and N×n values, got shapes {tuple(rows.shape)} and {tuple(values.shape)}")
+            raise ValueError(
+                f"expected N rows and N×n values, got shapes {tuple(rows.shape)} and {tuple(values.shape)}"
+            )
         if rows.numel() and (int(rows.min()) < 0 or int(rows.max()) >= num_rows):
             raise ValueError(f"row numbers must lie in [0, {num_rows}), got {int(rows.min())} to {int(rows.max())}")
         if rows.unique().numel() != rows.numel():
@@ -150,9 +152,8 @@ def as_operator(matrix: "Tensor | MatrixOperator") -> MatrixOperator:
     if isinstance(matrix, Tensor):
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise ValueError(f"expected a non-empty 2-D matrix, got shape {tuple(matrix.shape)}")
-        if matrix.layout == torch.sparse_csr:
-            matrix = matrix.to_sparse_coo()
-        return DenseMatrix(matrix.coalesce() if matrix.layout == torch.sparse_coo else matrix)
+        stored: Tensor = matrix.to_sparse_coo() if matrix.layout == torch.sparse_csr else matrix
+        return DenseMatrix(stored.coalesce() if stored.layout == torch.sparse_coo else stored)
     if not isinstance(matrix, MatrixOperator):
         raise TypeError(
             "expected a 2-D tensor or an operator with shape, dtype, device, matmul, rmatmul and squared_norm, "

@@ -60,7 +60,7 @@ def numerical_rank(
     S = singular_values(matrix)
     cutoff = torch.finfo(S.dtype).eps * max(_shape_of(matrix, shape)) * float(S[0]) if tol is None else tol
     # strictly above: with ≥ the zero matrix, whose cutoff is 0, would have full rank
-    return int((S > cutoff).sum())
+    return int((cutoff < S).sum())
 
 
 def numerical_rank_icml24(matrix: Float[Tensor, "..."], *, shape: tuple[int, int] | None = None) -> int:
@@ -77,7 +77,7 @@ def numerical_rank_icml24(matrix: Float[Tensor, "..."], *, shape: tuple[int, int
     """
     S = singular_values(matrix)
     cutoff = max(1e-8, max(_shape_of(matrix, shape)) * float(S[0]) * torch.finfo(S.dtype).eps)
-    return int((S > cutoff).sum())
+    return int((cutoff < S).sum())
 
 
 def stable_rank(matrix: Float[Tensor, "..."]) -> float:

@@ -109,9 +109,7 @@ def _randomized_svd(
     return TruncatedSVD(U, S, Vh, _residual_bound(A, U, S, Vh, generator) if estimate_error else math.nan)
 
 
-def _residual_bound(
-    A: MatrixOperator, U: Tensor, S: Tensor, Vh: Tensor, generator: torch.Generator | None
-) -> float:
+def _residual_bound(A: MatrixOperator, U: Tensor, S: Tensor, Vh: Tensor, generator: torch.Generator | None) -> float:
     """10·√(2/π)·max_i ‖(A − USVh)ω_i‖ over fresh Gaussian probes ω_i; fails with probability 10^(−probes)."""
     probes = _gaussian(A, A.shape[1], _PROBES, generator)
     residual = A.matmul(probes) - U @ (S.unsqueeze(1) * (Vh @ probes))

@@ -1,0 +1,82 @@
+"""A BERT of a few kilobytes with its tokenizer, saved as a Hugging Face folder: a whole run in seconds, no download."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+
+WORDS = (
+    "good bad fine poor great awful red blue green cat dog bird car road tree house river stone cloud music "
+    "happy sad quick slow bright dark warm cold old new"
+).split()
+
+
+def save_tiny_checkpoint(folder: Path, *, embedding: bool = True, dropout: float = 0.1) -> Path:
+    """Save a two-layer BertModel (embedding) or BertForSequenceClassification, and a WordPiece tokenizer, in folder.
+
+    Dropout is left on, so that a resumed run reaches the same numbers only if it restores the random state.
+    """
+    from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizerFast
+
+    folder.mkdir(parents=True, exist_ok=True)
+    pieces = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS, *pieces, *(f"##{piece}" for piece in pieces)]
+    vocabulary_file = folder / "vocab.txt"
+    vocabulary_file.write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
+    torch.manual_seed(7)
+    config = BertConfig(
+        vocab_size=len(vocabulary), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+    )  # fmt: skip
+    model = BertModel(config) if embedding else BertForSequenceClassification(config)
+    model.save_pretrained(folder)
+    BertTokenizerFast(vocab=str(vocabulary_file), do_lower_case=True).save_pretrained(folder)
+    if embedding:
+        modules = [
+            {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+            {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+        ]
+        (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    return folder
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    draw = np.random.default_rng(seed)
+    return [" ".join(draw.choice(WORDS, size=int(draw.integers(3, 8)))) for _ in range(count)]
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
+    import csv
+
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows(rows)
+    return path
+
+
+def write_pairs(path: Path, rows: int = 40) -> Path:
+    """Pairs scored in [0, 5] by the share of words in common."""
+    first, second = sentences(rows, 1), sentences(rows, 2)
+    overlap = np.random.default_rng(3).uniform(0, 5, rows).round(2)
+    return write_csv(path, ["sentence1", "sentence2", "score"], list(zip(first, second, overlap, strict=True)))
+
+
+def write_classes(path: Path, rows: int = 40) -> Path:
+    """Texts whose class is whether they begin with "good"."""
+    texts = sentences(rows, 4)
+    labelled = [(("good " if i % 2 else "bad ") + text, "pos" if i % 2 else "neg") for i, text in enumerate(texts)]
+    return write_csv(path, ["text", "label"], labelled)
+
+
+def write_ratings(path: Path, rows: int = 40) -> Path:
+    """Texts with a real-valued rating."""
+    texts = sentences(rows, 5)
+    return write_csv(path, ["text", "rating"], [(text, round(0.37 * len(text) + 1, 2)) for text in texts])
+
+
+def offline_environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
