@@ -61,7 +61,7 @@ def write_report(
         from rankwise.diagnostics import plots
     except ImportError as error:
         raise UserError(f"reports need matplotlib ({error}): pip install 'rankwise[report]'") from None
-    loaded = [_load(Path(run)) for run in runs]
+    loaded = [read_run(Path(run)) for run in runs]
     _distinct_labels(loaded)
     if len({run["task"] for run in loaded}) > 1:
         raise UserError(
@@ -99,8 +99,8 @@ def write_report(
     return target
 
 
-def _load(folder: Path) -> dict[str, Any]:
-    """What the page needs of one run folder."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """What the page needs of one finished run folder, as plain numbers and names."""
     try:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

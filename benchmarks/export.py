@@ -1,0 +1,56 @@
+"""Export to a plain LoRA folder: ours against PEFT's conversion, on a BERT-base-sized adapter (72 layers, r = 8).
+
+    python benchmarks/export.py        # writes results/export.json
+
+Both sides write the folder. The model is built from its config: export touches the adapter, not the base weights.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import convert_to_lora, get_peft_model
+from safetensors.torch import save_file
+from transformers import BertConfig, BertModel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from benchmarks.protocol import alternate, write_result
+from rankwise.adapters import DeepLoraConfig, save_as_lora
+
+RANK = 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    config = DeepLoraConfig(r=RANK, exclude_modules=["pooler.dense"], target_modules="all-linear", init_weights=False)
+    model = get_peft_model(BertModel(BertConfig()), config)
+    folder = Path(tempfile.mkdtemp())
+    target = folder / "lora"
+
+    def ours() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        save_as_lora(model, target)
+
+    def peer() -> None:
+        shutil.rmtree(target, ignore_errors=True)
+        lora_config, tensors = convert_to_lora(model, rank=RANK)
+        lora_config.save_pretrained(str(target))
+        save_file({key: value.contiguous() for key, value in tensors.items()}, target / "adapter_model.safetensors")
+
+    timing = alternate(ours, peer, options.pairs)
+    layers = len(save_as_lora(model, folder / "count").layers)
+    shutil.rmtree(folder)
+    speed_up = 1 / timing["median_ratio"]
+    print(f"{layers} layers: {timing['median_ours_seconds']:.3f} s, {speed_up:.0f} x faster than PEFT's conversion")
+    command = "python benchmarks/export.py " + " ".join(sys.argv[1:])
+    write_result("export", command.strip(), {"layers": layers, "rank": RANK, "speed_up": speed_up, **timing})
+
+
+if __name__ == "__main__":
+    main()
