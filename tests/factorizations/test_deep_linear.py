@@ -1,5 +1,7 @@
 """The full-width factorization is the product it says it is."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -14,7 +16,7 @@ F64 = torch.float64
 def chains(draw):
     sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=5))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31 - 1)))
-    pairs = zip(sizes, sizes[1:], strict=False)
+    pairs = itertools.pairwise(sizes)
     return [torch.randn(upper, lower, dtype=F64, generator=generator) for lower, upper in pairs]
 
 

@@ -66,7 +66,7 @@ def test_texts_that_look_like_numbers_stay_as_written(tmp_path: Path, ending: st
 
 
 @given(st.lists(st.tuples(st.text(), st.text()), min_size=1, max_size=6))
-@example([("a\r\nb", "c,\"d\"")])
+@example([("a\r\nb", 'c,"d"')])
 @example([("x", "\ufeffy"), ("  padded  ", "'")])
 def test_any_text_survives_csv(tmp_path_factory: pytest.TempPathFactory, pairs: list[tuple[str, str]]) -> None:
     # one plainly textual row, so that this is about characters and not about the type of the column
@@ -109,7 +109,9 @@ def test_usual_names_are_guessed(tmp_path: Path, names: list[str], expected: tup
 
 
 def test_without_a_usual_name_the_longest_text_is_the_text(tmp_path: Path) -> None:
-    path = write(tmp_path / "d.csv", [("a1", "a longer remark", 7, 1), ("a2", "another one", 7, 0)], ["id", "body", "n", "y"])
+    path = write(
+        tmp_path / "d.csv", [("a1", "a longer remark", 7, 1), ("a2", "another one", 7, 0)], ["id", "body", "n", "y"]
+    )
     assert read_table(path).columns.text == "body"
 
 

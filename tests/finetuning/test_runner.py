@@ -59,7 +59,9 @@ def outcome(folder: Path) -> tuple[str, list[tuple[int, float]], dict[str, Any]]
     return (folder / "predictions.csv").read_text(encoding="utf-8"), losses(folder), result
 
 
-@pytest.fixture(scope="module", params=[(task, method) for task in DATA for method in ("deep-lora", "lora")], ids="-".join)
+@pytest.fixture(
+    scope="module", params=[(task, method) for task in DATA for method in ("deep-lora", "lora")], ids="-".join
+)
 def run(request: pytest.FixtureRequest, tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Any:
     task, method = request.param
     out = tmp_path_factory.mktemp("runs") / f"{task}-{method}"
@@ -205,7 +207,7 @@ def test_measuring_the_precision_does_not_change_the_run(
 
     def measure(*_: Any) -> tuple[str, dict[str, float]]:
         torch.rand(123)
-        np.random.rand(7)  # noqa: NPY002
+        np.random.rand(7)
         return "fp32", {}
 
     monkeypatch.setattr(runner, "choose_precision", measure)
@@ -271,7 +273,9 @@ def test_ctrl_c_and_resume_reach_the_same_numbers(
     with monkeypatch.context() as patch:
         at_loss(patch, 5, press_ctrl_c)
         handler = signal.getsignal(signal.SIGINT)
-        with pytest.raises(Interrupted, match=rf"stopped at step 5 of 8; go on with\n  rankwise finetune --resume --out {out}"):
+        with pytest.raises(
+            Interrupted, match=rf"stopped at step 5 of 8; go on with\n  rankwise finetune --resume --out {out}"
+        ):
             finetune(settings(tiny, out, **changes))
         assert signal.getsignal(signal.SIGINT) is handler
     assert not (out / "result.json").exists()
@@ -511,9 +515,7 @@ def test_model_folder_without_a_tokenizer(tiny: SimpleNamespace, tmp_path: Path)
 
 
 def test_hub_model_offline(tiny: SimpleNamespace, tmp_path: Path) -> None:
-    refuse(
-        tiny, tmp_path, r"cannot get nobody/no-such-model/config\.json.*Offline\?", model="nobody/no-such-model"
-    )
+    refuse(tiny, tmp_path, r"cannot get nobody/no-such-model/config\.json.*Offline\?", model="nobody/no-such-model")
 
 
 def test_shots_beyond_the_data(tiny: SimpleNamespace, tmp_path: Path) -> None:
@@ -555,7 +557,7 @@ def test_texts_longer_than_the_model_reads(tiny: SimpleNamespace, tmp_path: Path
     try:
         finetune(settings(tiny, tmp_path / "run", data=str(data), shots=10, steps=1))
     except UserError as error:
-        assert "max-length" in str(error)  # noqa: PT017
+        assert "max-length" in str(error)
 
 
 @pytest.mark.parametrize("method", ["deep-lora", "lora"])

@@ -8,10 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WORDS = (
-    "good bad fine poor great awful red blue green cat dog bird car road tree house river stone cloud music "
-    "happy sad quick slow bright dark warm cold old new"
-).split()
+WORDS = ["good", "bad", "fine", "poor", "great", "awful", "red", "blue", "green", "cat", "dog", "bird", "car", "road", "tree", "house", "river", "stone", "cloud", "music", "happy", "sad", "quick", "slow", "bright", "dark", "warm", "cold", "old", "new"]
 
 
 def save_tiny_checkpoint(folder: Path, *, embedding: bool = True, dropout: float = 0.1) -> Path:

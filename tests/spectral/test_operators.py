@@ -116,11 +116,11 @@ def test_the_squared_norm_of_a_float32_matrix_neither_overflows_nor_underflows(w
         scaled = SparseRows(matrix.rows, matrix.values * scale, 6)
     else:
         scaled = matrix * scale
-    assert as_operator(scaled).squared_norm() == pytest.approx(float(dense.square().sum()) * scale**2, rel=1e-4)
+    assert as_operator(scaled).squared_norm() == pytest.approx(float(dense.square().sum()) * scale**2, rel=1e-4, abs=0)
 
 
 def test_repeated_entries_of_a_sparse_tensor_are_added_up():
-    matrix = torch.sparse_coo_tensor([[0, 0, 2], [1, 1, 0]], [1.0, 2.0, 4.0], (3, 2))
+    matrix = torch.sparse_coo_tensor([[0, 0, 2], [1, 1, 0]], [1.0, 2.0, 4.0], (3, 2), check_invariants=True)
     assert truncated_svd(matrix, 2).S.tolist() == pytest.approx([4.0, 3.0])
     assert as_operator(matrix).squared_norm() == pytest.approx(25.0)
 
@@ -149,7 +149,7 @@ def test_outer_products_refuse_unequal_numbers_of_pairs(unchecked_shapes):
         OuterProduct(torch.ones(2, 3), torch.ones(3, 3))
 
 
-def test_any_object_with_the_products_will_do(generator):
+def test_any_object_with_the_products_will_do(generator, unchecked_shapes):
     class Diagonal:
         def __init__(self, entries):
             self.entries, self.shape = entries, (len(entries), len(entries))

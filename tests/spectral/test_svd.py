@@ -13,7 +13,7 @@ from tests.spectral.planted import F64_EPS, frame, planted, projector, spectral_
 sizes = st.integers(1, 14)
 seeds = st.integers(0, 2**31 - 1)
 
-LARGE = (400, 300)
+LARGE = (220, 160)
 DECAYING = [1.0, 0.8, 0.6, 0.5, 0.4]
 TAIL = 0.02
 
@@ -64,7 +64,7 @@ def test_exact_route_recovers_the_planted_subspaces(m, n, rank, seed):
     assert torch.allclose(projector(svd.Vh.mT), projector(V[:, :rank]), atol=2000 * F64_EPS)
 
 
-@pytest.mark.parametrize("shape", [LARGE, LARGE[::-1]])
+@pytest.mark.parametrize("shape", [(400, 300), LARGE[::-1]])
 def test_randomized_route_recovers_a_planted_spectrum_over_a_flat_tail(shape, generator):
     A, U, S, V = large(shape=shape)
     svd = truncated_svd(A, 5, generator=generator)
@@ -88,7 +88,7 @@ def test_power_iterations_sharpen_a_slowly_decaying_spectrum():
     assert distances[0] > distances[1] > distances[2]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("tail", [0.02, 0.39, 0.0])
 def test_randomized_error_bounds_the_true_residual(seed, tail):
     A, _, _, _ = large(tail, seed)
@@ -224,7 +224,7 @@ def test_a_negative_oversample_never_returns_fewer_triplets_than_asked_for(gener
     assert svd.S.shape == (3,)
 
 
-@settings(max_examples=10)
+@settings(max_examples=5)
 @given(seed=seeds, rank=st.integers(1, 6))
 def test_both_routes_agree(seed, rank):
     """140 × 130 goes through LAPACK when nearly all triplets are asked for and through the sketch otherwise."""

@@ -8,20 +8,20 @@ import json
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.config import DeepLoraConfig
 from rankwise.adapters.files import replacing_folder, save_tensors, write_json
-from rankwise.adapters.layer import DeepLoraLayer, scaled_left
+from rankwise.adapters.layer import DeepLoraLayer, scaled_left, stored_scale
 from rankwise.spectral import numerical_rank, rank_for_energy
 from rankwise.spectral.precision import compute_dtype, require_finite
 
@@ -110,9 +110,11 @@ def save_as_lora(
         raise ValueError(f"no Deep LoRA adapter named {adapter_name!r} in this model (adapters: {known})")
     if any(isinstance(module, DeepLoraLayer) and module.merged for module in model.modules()):
         raise ValueError("the adapter is merged into the base weights; call unmerge_adapter() before exporting it")
-    return _export(
-        get_peft_model_state_dict(model, adapter_name=adapter_name), config, Path(path), rank, energy, tol, dtype
-    )
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    if config.task_type is None and config.auto_mapping is None and isinstance(model, PeftModel):
+        base = type(model.get_base_model())  # as PeftModel.save_pretrained notes it, for AutoPeftModel
+        config = replace(config, auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
+    return _export(state, config, Path(path), rank, energy, tol, dtype)
 
 
 def export_adapter_folder(
@@ -181,7 +183,7 @@ def _export(
     layers: list[LayerExport] = []
     for name, (left, inner, right) in factors.items():
         stored = compute_dtype(inner.dtype)
-        B, A = scaled_left(left.detach(), inner.detach(), config.init_scale), right.detach().to(stored)
+        B, A = scaled_left(left.detach(), inner.detach(), stored_scale(config.init_scale)), right.detach().to(stored)
         require_finite(B, f"the adapter of {name}")
         require_finite(A, f"the adapter of {name}")
         U, S, Vh = truncated_pair(B, A)
@@ -194,7 +196,8 @@ def _export(
     if not tensors:
         tensors = _empty_pair(next(iter(factors.items())), dtype)
     tensors |= others
-    lora = _lora_config(config, {layer.name: layer.rank for layer in layers if layer.rank} or {layers[0].name: 1})
+    kept_ranks = {layer.name: layer.rank for layer in layers if layer.rank} or {layers[0].name: 1}
+    lora = _lora_config(config, kept_ranks, [layer.name for layer in layers if layer.name not in kept_ranks])
     with replacing_folder(path) as folder:
         save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, kind="lora")
         write_json(folder / CONFIG_NAME, lora)
@@ -211,9 +214,13 @@ def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor,
             parts.setdefault(match[1], {})[match[2]] = value
         else:
             others[key if key.startswith(_PREFIX) else _PREFIX + key] = value
-    broken = [name for name, part in parts.items() if len(part) < 3]
-    if broken:
-        raise ValueError(f"the adapter of {broken[0]} lacks some of its factors; save it again")
+    for name, part in parts.items():
+        if len(part) < 3:
+            raise ValueError(f"the adapter of {name} lacks some of its factors; save it again")
+        width = part["inner"].shape[-1]
+        shapes = [tuple(part[side].shape) for side in ("left", "inner", "right")]
+        if [len(shape) for shape in shapes] != [2, 3, 2] or {shapes[0][1], shapes[1][1], shapes[2][0]} != {width}:
+            raise ValueError(f"the factors of {name} do not fit each other (shapes {shapes}); save the adapter again")
     return {name: (part["left"], part["inner"], part["right"]) for name, part in parts.items()}, others
 
 
@@ -248,15 +255,18 @@ def _empty_pair(first: tuple[str, tuple[Tensor, Tensor, Tensor]], dtype: torch.d
     }
 
 
-def _lora_config(config: DeepLoraConfig, ranks: dict[str, int]) -> dict[str, Any]:
+def _lora_config(config: DeepLoraConfig, ranks: dict[str, int], left_out: list[str]) -> dict[str, Any]:
     """adapter_config.json of the exported adapter, as LoraConfig itself writes it."""
     largest = max(ranks.values())
     # ^ and escaped dots: PEFT reads these keys as regular expressions that may match the end of a longer name.
     pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    # PEFT matches target names at the end of longer ones; a left-out layer named so would be adapted all the same.
+    confused = [name for name in left_out if any(name.endswith("." + kept) for kept in ranks)]
     lora = LoraConfig(
         r=largest,
         lora_alpha=largest,
         target_modules=sorted(ranks),
+        exclude_modules="|".join(map(re.escape, confused)) or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         modules_to_save=config.modules_to_save,

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -20,7 +21,10 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, *, kind: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        # clones: safetensors refuses tensors that share memory, as a wrapped head's bias does with its original
+        contiguous = {
+            key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()
+        }
         save_file(contiguous, temporary, metadata={"format": "pt", "format_version": FORMAT_VERSION, "kind": kind})
         os.replace(temporary, path)
     finally:

@@ -62,7 +62,7 @@ class _Watch(torch.autograd.Function):
     def forward(ctx: Any, output: Tensor, x: Tensor, report: Callable[[Tensor, Tensor], None]) -> Tensor:
         ctx.report = report
         ctx.save_for_backward(x)  # as a saved tensor, so that gradient checkpointing recomputes instead of keeping it
-        return output.view_as(output)
+        return output.clone()  # no view: what follows may work in place, as nn.ReLU(inplace=True) does
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None]:
@@ -138,7 +138,7 @@ def _require_scalar(loss: Any) -> None:
         raise ValueError(f"the loss must be a single number as a tensor, got {got}; reduce it with .mean()")
     if not bool(torch.isfinite(loss)):
         raise ValueError(
-            f"the loss is {float(loss)}, so its gradient points nowhere; look at this batch and its labels"
+            f"the loss is {loss.item()}, so its gradient points nowhere; look at this batch and its labels"
         )
 
 

@@ -19,6 +19,7 @@ from rankwise.adapters.layer import DeepLoraLayer
 from rankwise.factorizations import InvariantSubspaces, invariant_subspaces
 from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd
 from rankwise.spectral.operators import DenseMatrix
+from rankwise.spectral.precision import compute_dtype
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -116,20 +117,21 @@ def initialize_deeplora_weights(
         return InitializationSummary(rows, float("nan"), time.perf_counter() - start)
 
     variant = _variant(model, adapter_name)
-    loss = float("nan")
+    loss, count = float("nan"), 1
     if variant == "random":
         found = {
             name: _frames(_shape_only(layer, adapter_name), layer.r[adapter_name], variant, generator)
             for name, layer in layers.items()
         }
     else:
-        found, loss = _frames_from_gradient(
-            model, layers, adapter_name, variant, _first(batches, num_batches), loss_fn, generator
-        )
+        with torch.random.fork_rng(devices=[]):  # a shuffling DataLoader draws from the global state
+            first = _first(batches, num_batches)
+            count = len(first)
+            found, loss = _frames_from_gradient(model, layers, adapter_name, variant, first, loss_fn, generator)
     for name, layer in layers.items():
         layer.set_frames(adapter_name, found[name].left, found[name].right)
     rows = [
-        LayerInitialization(name, layer.r[adapter_name], found[name].gradient_norm, found[name].captured)
+        LayerInitialization(name, layer.r[adapter_name], found[name].gradient_norm / count, found[name].captured)
         for name, layer in layers.items()
     ]
     return InitializationSummary(rows, loss, time.perf_counter() - start)
@@ -177,7 +179,7 @@ def _frames_from_gradient(
 
     capture = GradientCapture(layers, consume)
     total = 0.0
-    with unadapted(model, layers), torch.random.fork_rng(devices=[]):
+    with unadapted(model, layers):
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
             on_device = _to_device(batch, next(model.parameters()).device)
@@ -249,7 +251,8 @@ def _variant(model: nn.Module, adapter_name: str) -> str:
 
 def _shape_only(layer: DeepLoraLayer, adapter_name: str) -> OuterProduct:
     """A zero operator of the layer's shape: the random variant asks only for sizes."""
-    empty = layer.factors(adapter_name).left.new_zeros(0, dtype=torch.float32)
+    left = layer.factors(adapter_name).left
+    empty = left.new_zeros(0, dtype=compute_dtype(left.dtype))
     return OuterProduct(empty.new_zeros(0, layer.out_features), empty.new_zeros(0, layer.in_features))
 
 
@@ -283,7 +286,7 @@ def _loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
 
 def _to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        return batch.detach().to(device)  # a batch is data: no gradient may reach it
     if isinstance(batch, Mapping):
         return {key: _to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):

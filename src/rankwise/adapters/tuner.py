@@ -1,6 +1,9 @@
 """The PEFT tuner that puts Deep LoRA layers into a model."""
 
 import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -9,7 +12,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from rankwise.adapters.config import DeepLoraConfig
-from rankwise.adapters.layer import DeepLoraLayer, DeepLoraLinear
+from rankwise.adapters.layer import MIXED_BATCHES, DeepLoraLayer, DeepLoraLinear
 from rankwise.adapters.registration import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -47,12 +50,21 @@ class DeepLoraModel(BaseTuner):
                 left_out.add(name)
         if not left_out:
             return
+        # A regex of whole names: PEFT matches a list by the ends of names, and "head" would take "decoder.head" along.
+        patterns = [re.escape(name) for name in sorted(left_out)]
         excluded = peft_config.exclude_modules
         if isinstance(excluded, str):
-            names = "|".join(sorted(name.replace(".", r"\.") for name in left_out))
-            peft_config.exclude_modules = f"(?:{excluded})|(?:{names})"
+            patterns.append(f"(?:{excluded})")
         else:
-            peft_config.exclude_modules = sorted({*(excluded or ()), *left_out})
+            patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(excluded or ())]
+        peft_config.exclude_modules = "|".join(patterns)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """PEFT strips ``adapter_names`` from the call before any layer sees it: refuse it here."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(MIXED_BATCHES)
+        yield
 
     def _create_and_replace(  # type: ignore[override]  # every PEFT tuner narrows the config
         self,
@@ -71,6 +83,9 @@ class DeepLoraModel(BaseTuner):
         if width > smaller:
             logger.warning("%s: width %d clamped to %d, the layer's smaller side", current_key, width, smaller)
             width = smaller
+        if peft_config.fan_in_fan_out:
+            logger.warning("fan_in_fan_out=True does not fit nn.Linear, which stores (out, in) weights; using False")
+            peft_config.fan_in_fan_out = False
         settings: dict[str, Any] = {
             "inner_depth": peft_config.inner_depth,
             "init_scale": peft_config.init_scale,

@@ -7,8 +7,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 # Okabe & Ito's palette: told apart by colour-blind readers and in print
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00")
@@ -31,6 +32,13 @@ Run = dict[str, Any]
 
 def colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
+
+
+def _log_scale(axes: Axes) -> None:
+    """Logarithmic, with plain tick labels: matplotlib's own are mathematics, which is switched off here."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def scores_figure(runs: Sequence[Run]) -> Figure:
@@ -68,7 +76,7 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
             smooth = [float(np.median(losses[max(0, i - window) : i + window + 1])) for i in range(len(losses))]
             axes.plot(steps, np.maximum(losses, 1e-12), color=colour(index), alpha=0.2, linewidth=0.8)
             axes.plot(steps, np.maximum(smooth, 1e-12), color=colour(index), linewidth=2, label=run["label"])
-        axes.set_yscale("log")
+        _log_scale(axes)
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
         axes.legend(frameon=False)
@@ -85,7 +93,7 @@ def spectrum_figure(runs: Sequence[Run]) -> Figure:
             for layer in run["layers"]:
                 values = np.maximum(layer["singular_values"], floor)
                 axes.plot(range(1, len(values) + 1), values, color=colour(index), alpha=0.35, linewidth=1)
-            axes.set_yscale("log")
+            _log_scale(axes)
             axes.set_title(run["label"], fontsize=10)
             axes.set_xlabel("singular value")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -122,10 +130,13 @@ def sizes_figure(runs: Sequence[Run]) -> Figure:
         axes = figure.add_subplot()
         for row, run in enumerate(runs):
             saved, exported = run["adapter_bytes"] / 1e6, run["exported_bytes"] / 1e6
-            axes.barh(row - 0.19, saved, 0.34, color=colour(row), alpha=0.35)
-            axes.barh(row + 0.19, exported, 0.34, color=colour(row))
-            axes.text(saved, row - 0.19, f" {saved:.2f} MB as trained", va="center", fontsize=9)
-            axes.text(exported, row + 0.19, f" {exported:.2f} MB as plain LoRA", va="center", fontsize=9)
+            bars = [(exported, "as plain LoRA", 1.0)]
+            if saved != exported:
+                bars.insert(0, (saved, "as trained", 0.35))
+            for place, (size, what, opacity) in enumerate(bars):
+                y = row + 0.38 * (place - (len(bars) - 1) / 2)
+                axes.barh(y, size, 0.34, color=colour(row), alpha=opacity)
+                axes.text(size, y, f" {size:.2f} MB {what}", va="center", fontsize=9)
         axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
         axes.invert_yaxis()
         axes.margins(x=0.35)

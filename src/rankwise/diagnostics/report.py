@@ -24,7 +24,7 @@ h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin:
 p.lead { font-size: 1.1rem; margin-top: .3rem; } p.note { color: #555; margin: .2rem 0 .6rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid #e2e2e2; }
-th:first-child, td:first-child { text-align: left; } thead th { border-bottom: 2px solid #999; font-weight: 600; }
+th:first-child, td:first-child { text-align: left; } td { white-space: nowrap; } thead th { border-bottom: 2px solid #999; font-weight: 600; }
 tr.best td { font-weight: 600; background: #f3f8fc; }
 figure { margin: 0; } figure svg { width: 100%; height: auto; } svg text { font-family: system-ui, sans-serif; }
 pre { background: #f6f6f6; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from rankwise.factorizations.deep_linear import DeepLinear
 from rankwise.factorizations.invariant_subspaces import InvariantSubspaces
 from rankwise.spectral import MatrixOperator, truncated_svd
-from rankwise.spectral.orthogonal import project_out
+from rankwise.spectral.orthogonal import residual_frame
 
 
 def compose(inner: Float[Tensor, "L w w"]) -> Float[Tensor, "w w"]:
@@ -29,8 +29,10 @@ def identity_factors(
     depth: int, width: int, init_scale: float | Sequence[float], *, dtype: torch.dtype = torch.float32
 ) -> Float[Tensor, "L w w"]:
     """The starting inner factors ε_l·I (ICML 2024, Theorem 2.1: W̃_l(0) = ε_l I)."""
-    scales = torch.as_tensor(init_scale, dtype=dtype).expand(depth)
-    return scales[:, None, None] * torch.eye(width, dtype=dtype)
+    scales = torch.as_tensor(init_scale, dtype=dtype)
+    if scales.ndim and scales.shape != (depth,):
+        raise ValueError(f"expected one init_scale or {depth} of them, got {scales.numel()}")
+    return scales.expand(depth)[:, None, None] * torch.eye(width, dtype=dtype)
 
 
 class CompressedDeepLinear(nn.Module):
@@ -106,8 +108,7 @@ class CompressedDeepLinear(nn.Module):
             raise ValueError(f"2·rank = {2 * rank} exceeds the width {rotation.shape[0]}: nothing to compress")
         svd = truncated_svd(gradient, rank)
         Vk, overlap = svd.Vh.mT.to(rotation.dtype), rotation.mT @ svd.U.to(rotation.dtype)
-        residual, _ = torch.linalg.qr(project_out(overlap, Vk))
-        right = torch.cat([Vk, residual], dim=1)
+        right = torch.cat([Vk, residual_frame(Vk, overlap)], dim=1)
         inner = identity_factors(deep.depth, 2 * rank, scales, dtype=rotation.dtype).to(rotation.device)
         return cls(rotation @ right, right, inner, train_outer=train_outer)
 

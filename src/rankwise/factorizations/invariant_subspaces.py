@@ -9,7 +9,7 @@ from torch import Tensor
 
 from rankwise.spectral import MatrixOperator, haar_frame, truncated_svd
 from rankwise.spectral.operators import as_operator
-from rankwise.spectral.orthogonal import project_out
+from rankwise.spectral.orthogonal import residual_frame
 
 Variant = Literal["compressed", "spectral", "random"]
 VARIANTS: tuple[Variant, ...] = ("compressed", "spectral", "random")
@@ -119,14 +119,14 @@ def compressed_frames(
     exactly: that is the test that ties this construction to the paper's.
     """
     larger, smaller = (U, V) if U.shape[0] >= V.shape[0] else (V, U)
-    residual = torch.linalg.qr(project_out(smaller, Z)).Q[:, : Y.shape[1]]
+    residual = residual_frame(Z, smaller)[:, : Y.shape[1]]
     on_larger, on_smaller = torch.cat([larger, Y], dim=1), torch.cat([Z, residual], dim=1)
     return (on_larger, on_smaller) if U.shape[0] >= V.shape[0] else (on_smaller, on_larger)
 
 
 def _check_sizes(rank: int, width: int, widest: int, m: int, n: int) -> None:
-    if rank < 1:
-        raise ValueError(f"rank must be at least 1, got {rank}")
+    if rank < 1 or width < 1:
+        raise ValueError(f"rank and width must be at least 1, got {rank} and {width}")
     if not min(rank, widest) <= width <= min(widest, m, n):
         raise ValueError(
             f"width {width} does not fit: for rank {rank} on a {m}×{n} gradient it must lie "

@@ -59,8 +59,7 @@ class DenseMatrix:
         return self._transpose @ X
 
     def squared_norm(self) -> float:
-        values = self.matrix if self.matrix.layout == torch.strided else self.matrix.values()
-        return float(values.square().sum(dtype=torch.float64))
+        return _squared_norm(self.matrix if self.matrix.layout == torch.strided else self.matrix.values())
 
 
 class OuterProduct:
@@ -99,9 +98,10 @@ class OuterProduct:
         return self.right.mT @ (self.left @ X)
 
     def squared_norm(self) -> float:
-        # ‖ΣδxT‖² = <δδᵀ, xxᵀ>: N×N instead of m×n, and N is small where this class is used.
-        gram = (self.left @ self.left.mT) * (self.right @ self.right.mT)
-        return float(gram.sum(dtype=torch.float64))
+        # ‖Σδxᵀ‖² = <δδᵀ, xxᵀ>: N×N instead of m×n, and N is small where this class is used. In float64 throughout:
+        # pairs may cancel, and float32 would leave rounding, even a negative number.
+        left, right = self.left.double(), self.right.double()
+        return max(float(((left @ left.mT) * (right @ right.mT)).sum()), 0.0)
 
 
 class SparseRows:
@@ -144,7 +144,12 @@ class SparseRows:
         return self.values.mT @ X[self.rows]
 
     def squared_norm(self) -> float:
-        return float(self.values.square().sum(dtype=torch.float64))
+        return _squared_norm(self.values)
+
+
+def _squared_norm(values: Tensor) -> float:
+    """Σx² in float64 from the first square on: float32 squares under- and overflow at 1e-23 and 1e19."""
+    return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
 
 def as_operator(matrix: "Tensor | MatrixOperator") -> MatrixOperator:
@@ -152,8 +157,7 @@ def as_operator(matrix: "Tensor | MatrixOperator") -> MatrixOperator:
     if isinstance(matrix, Tensor):
         if matrix.ndim != 2 or 0 in matrix.shape:
             raise ValueError(f"expected a non-empty 2-D matrix, got shape {tuple(matrix.shape)}")
-        stored: Tensor = matrix.to_sparse_coo() if matrix.layout == torch.sparse_csr else matrix
-        return DenseMatrix(stored.coalesce() if stored.layout == torch.sparse_coo else stored)
+        return DenseMatrix(matrix if matrix.layout == torch.strided else matrix.to_sparse_coo().coalesce())
     if not isinstance(matrix, MatrixOperator):
         raise TypeError(
             "expected a 2-D tensor or an operator with shape, dtype, device, matmul, rmatmul and squared_norm, "

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 
-def sign_fixed_qr(matrix: Float[Tensor, "m k"]) -> Float[Tensor, "m k"]:
+def sign_fixed_qr(matrix: Float[Tensor, "m k"]) -> Float[Tensor, "m i"]:
     """The Q of matrix = QR with diag(R) ≥ 0.
 
     LAPACK leaves the signs of diag(R) free; without fixing them, Q of a Gaussian matrix is not Haar
@@ -52,6 +52,8 @@ def haar_frame(
         True
     """
     taken = 0 if complement_of is None else complement_of.shape[1]
+    if complement_of is not None and complement_of.shape[0] != rows:
+        raise ValueError(f"complement_of has {complement_of.shape[0]} rows, the frame is to have {rows}")
     if rows < 1 or columns < 0 or columns > rows - taken:
         raise ValueError(
             f"cannot place {columns} orthonormal columns in a space of dimension {rows}"
@@ -73,3 +75,12 @@ def project_out(matrix: Float[Tensor, "m k"], frame: Float[Tensor, "m j"]) -> Fl
     for _ in range(2):
         matrix = matrix - frame @ (frame.mT @ matrix)
     return matrix
+
+
+def residual_frame(frame: Float[Tensor, "m j"], matrix: Float[Tensor, "m k"]) -> Float[Tensor, "m i"]:
+    """An orthonormal basis of (I − FFᵀ)M, sign-fixed; i = min(k, m − j) columns.
+
+    From one Householder QR of [F, M], whose Q is orthonormal even where M lies in span F: the columns that the residual
+    does not determine are then some directions outside F. Orthonormalizing a vanishing residual would return F again.
+    """
+    return sign_fixed_qr(torch.cat([frame, matrix], dim=1))[:, frame.shape[1] :]

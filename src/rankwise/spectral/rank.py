@@ -23,6 +23,8 @@ def singular_values(matrix: Float[Tensor, "..."]) -> Float[Tensor, " k"]:
     wide = matrix.to(compute_dtype(matrix.dtype))
     require_finite(wide)
     if wide.ndim == 1:
+        if not wide.numel():
+            raise ValueError("expected at least one singular value, got an empty tensor")
         if bool((wide < 0).any()):
             raise ValueError("singular values cannot be negative; pass a 2-D matrix to have them computed")
         return wide.sort(descending=True).values
@@ -57,7 +59,7 @@ def numerical_rank(
         >>> numerical_rank(torch.outer(torch.ones(5), torch.ones(4))), numerical_rank(torch.zeros(3, 3))
         (1, 0)
     """
-    S = singular_values(matrix)
+    S = singular_values(matrix.detach())
     cutoff = torch.finfo(S.dtype).eps * max(_shape_of(matrix, shape)) * float(S[0]) if tol is None else tol
     # strictly above: with ≥ the zero matrix, whose cutoff is 0, would have full rank
     return int((cutoff < S).sum())
@@ -75,7 +77,7 @@ def numerical_rank_icml24(matrix: Float[Tensor, "..."], *, shape: tuple[int, int
         >>> numerical_rank(tiny), numerical_rank_icml24(tiny)
         (3, 0)
     """
-    S = singular_values(matrix)
+    S = singular_values(matrix.detach())
     cutoff = max(1e-8, max(_shape_of(matrix, shape)) * float(S[0]) * torch.finfo(S.dtype).eps)
     return int((cutoff < S).sum())
 
@@ -89,7 +91,7 @@ def stable_rank(matrix: Float[Tensor, "..."]) -> float:
         >>> stable_rank(torch.diag(torch.tensor([2.0, 1.0])))
         1.25
     """
-    S = singular_values(matrix)
+    S = singular_values(matrix.detach())
     if float(S[0]) == 0:
         return 0.0
     return float((S / S[0]).square().sum())
@@ -108,7 +110,7 @@ def effective_rank(matrix: Float[Tensor, "..."], *, power: int = 1) -> float:
     """
     if power not in (1, 2):
         raise ValueError(f"power must be 1 (singular values) or 2 (energies), got {power}")
-    S = singular_values(matrix).double()
+    S = singular_values(matrix.detach()).double()
     if float(S[0]) == 0:
         return 0.0
     p = (S / S[0]).pow(power)
@@ -127,7 +129,7 @@ def rank_for_energy(matrix: Float[Tensor, "..."], energy: float) -> int:
     """
     if not 0 < energy <= 1:
         raise ValueError(f"energy is a share of Σσ² and must lie in (0, 1], got {energy}")
-    S = singular_values(matrix).double()
+    S = singular_values(matrix.detach()).double()
     if float(S[0]) == 0:
         return 0
     share = (S / S[0]).square().cumsum(0)

@@ -67,6 +67,8 @@ def truncated_svd(
     m, n = A.shape
     if not 1 <= rank <= min(m, n):
         raise ValueError(f"rank must lie between 1 and min(m, n) = {min(m, n)} for a {m}×{n} matrix, got {rank}")
+    if oversample < 0 or power_iterations < 0:
+        raise ValueError(f"oversample and power_iterations cannot be negative, got {oversample} and {power_iterations}")
     width = rank + oversample
     if min(m, n) <= _EXACT_BELOW or 3 * width >= min(m, n):
         return _exact_svd(A, rank)
