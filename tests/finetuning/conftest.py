@@ -1,9 +1,11 @@
 """Tiny checkpoints and tables, made once a session and only read by the tests."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tests.finetuning.tiny_checkpoint import save_tiny_checkpoint, write_classes, write_pairs, write_ratings
 
@@ -18,3 +20,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         classes=str(write_classes(root / "classes.csv")),
         ratings=str(write_ratings(root / "ratings.csv")),
     )
+
+
+@pytest.fixture(autouse=True, scope="package")
+def _one_thread() -> Iterator[None]:
+    """Matrices this small gain nothing from threads, and waiting for them on a busy machine takes seconds a run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -1,5 +1,6 @@
 """A BERT of a few kilobytes with its tokenizer, saved as a Hugging Face folder: a whole run in seconds, no download."""
 
+import csv
 import json
 import os
 from collections.abc import Sequence
@@ -8,7 +9,38 @@ from pathlib import Path
 import numpy as np
 import torch
 
-WORDS = ["good", "bad", "fine", "poor", "great", "awful", "red", "blue", "green", "cat", "dog", "bird", "car", "road", "tree", "house", "river", "stone", "cloud", "music", "happy", "sad", "quick", "slow", "bright", "dark", "warm", "cold", "old", "new"]
+WORDS = [
+    "good",
+    "bad",
+    "fine",
+    "poor",
+    "great",
+    "awful",
+    "red",
+    "blue",
+    "green",
+    "cat",
+    "dog",
+    "bird",
+    "car",
+    "road",
+    "tree",
+    "house",
+    "river",
+    "stone",
+    "cloud",
+    "music",
+    "happy",
+    "sad",
+    "quick",
+    "slow",
+    "bright",
+    "dark",
+    "warm",
+    "cold",
+    "old",
+    "new",
+]
 
 
 def save_tiny_checkpoint(folder: Path, *, embedding: bool = True, dropout: float = 0.1) -> Path:
@@ -46,8 +78,6 @@ def sentences(count: int, seed: int = 0) -> list[str]:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]]) -> Path:
-    import csv
-
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(header)
@@ -56,10 +86,10 @@ def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[object]
 
 
 def write_pairs(path: Path, rows: int = 40) -> Path:
-    """Pairs scored in [0, 5] by the share of words in common."""
+    """Pairs with random scores in [0, 5]."""
     first, second = sentences(rows, 1), sentences(rows, 2)
-    overlap = np.random.default_rng(3).uniform(0, 5, rows).round(2)
-    return write_csv(path, ["sentence1", "sentence2", "score"], list(zip(first, second, overlap, strict=True)))
+    score = np.random.default_rng(3).uniform(0, 5, rows).round(2)
+    return write_csv(path, ["sentence1", "sentence2", "score"], list(zip(first, second, score, strict=True)))
 
 
 def write_classes(path: Path, rows: int = 40) -> Path:
@@ -76,4 +106,4 @@ def write_ratings(path: Path, rows: int = 40) -> Path:
 
 
 def offline_environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

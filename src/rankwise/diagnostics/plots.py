@@ -2,6 +2,7 @@
 
 import io
 import re
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -34,6 +35,10 @@ def colour(index: int) -> str:
     return _COLOURS[index % len(_COLOURS)]
 
 
+def _short(label: str, limit: int = 36) -> str:
+    return label if len(label) <= limit else label[: limit - 1] + "…"
+
+
 def _log_scale(axes: Axes) -> None:
     """Logarithmic, with plain tick labels: matplotlib's own are mathematics, which is switched off here."""
     axes.set_yscale("log")
@@ -55,7 +60,7 @@ def scores_figure(runs: Sequence[Run]) -> Figure:
             axes.plot(before, row, "o", markersize=9, markerfacecolor="white", markeredgecolor=colour(row))
             axes.plot(after, row, "o", markersize=9, color=colour(row))
             axes.annotate(f"{after:.4f}", (after, row), (0, 9), textcoords="offset points", ha="center", fontsize=9)
-        axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
+        axes.set_yticks(range(len(runs)), [_short(run["label"]) for run in runs])
         axes.set_ylim(len(runs) - 0.4, -0.7)
         axes.margins(x=0.15)
         axes.set_xlabel(f"held-out {runs[0]['metric']} (hollow: before training)")
@@ -75,29 +80,37 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
             window = max(1, len(steps) // 20)
             smooth = [float(np.median(losses[max(0, i - window) : i + window + 1])) for i in range(len(losses))]
             axes.plot(steps, np.maximum(losses, 1e-12), color=colour(index), alpha=0.2, linewidth=0.8)
-            axes.plot(steps, np.maximum(smooth, 1e-12), color=colour(index), linewidth=2, label=run["label"])
-        _log_scale(axes)
+            axes.plot(steps, np.maximum(smooth, 1e-12), color=colour(index), linewidth=2, label=_short(run["label"]))
         axes.set_xlabel("step")
         axes.set_ylabel("training loss")
-        axes.legend(frameon=False)
+        if axes.lines:
+            _log_scale(axes)
+            axes.legend(frameon=False)
+        else:
+            axes.text(0.5, 0.5, "no steps recorded", transform=axes.transAxes, ha="center")
     return figure
 
 
 def spectrum_figure(runs: Sequence[Run]) -> Figure:
     """Singular values of every ΔW, one panel a run, one line a layer."""
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(7.2, 3.2))
-        panels = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
+        columns = min(len(runs), 3)
+        rows = -(-len(runs) // columns)
+        figure = Figure(figsize=(7.2, 3.2 * rows))
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
+        for unused in panels[len(runs) :]:
+            unused.set_visible(False)
         floor = 1e-9
-        for index, (axes, run) in enumerate(zip(panels, runs, strict=True)):
+        for index, (axes, run) in enumerate(zip(panels, runs, strict=False)):
             for layer in run["layers"]:
                 values = np.maximum(layer["singular_values"], floor)
                 axes.plot(range(1, len(values) + 1), values, color=colour(index), alpha=0.35, linewidth=1)
             _log_scale(axes)
-            axes.set_title(run["label"], fontsize=10)
+            axes.set_title(_short(run["label"], 60 // columns), fontsize=10)
             axes.set_xlabel("singular value")
             axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panels[0].set_ylabel("size, one line a layer")
+        for axes in panels[::columns]:
+            axes.set_ylabel("size, one line a layer")
     return figure
 
 
@@ -111,7 +124,9 @@ def ranks_figure(runs: Sequence[Run]) -> Figure:
         bar = 0.8 / len(runs)
         for index, run in enumerate(runs):
             x = [place[layer["name"]] + (index - (len(runs) - 1) / 2) * bar for layer in run["layers"]]
-            axes.bar(x, [layer["rank_99"] for layer in run["layers"]], bar, color=colour(index), label=run["label"])
+            axes.bar(
+                x, [layer["rank_99"] for layer in run["layers"]], bar, color=colour(index), label=_short(run["label"])
+            )
         widest = max(layer["width"] for run in runs for layer in run["layers"])
         axes.axhline(widest, color="#888888", linestyle="--", linewidth=1)
         axes.set_xlabel("adapted layer, input side first")
@@ -137,7 +152,7 @@ def sizes_figure(runs: Sequence[Run]) -> Figure:
                 y = row + 0.38 * (place - (len(bars) - 1) / 2)
                 axes.barh(y, size, 0.34, color=colour(row), alpha=opacity)
                 axes.text(size, y, f" {size:.2f} MB {what}", va="center", fontsize=9)
-        axes.set_yticks(range(len(runs)), [run["label"] for run in runs])
+        axes.set_yticks(range(len(runs)), [_short(run["label"]) for run in runs])
         axes.invert_yaxis()
         axes.margins(x=0.35)
         axes.set_xlabel("adapter file, MB")
@@ -148,7 +163,10 @@ def sizes_figure(runs: Sequence[Run]) -> Figure:
 def as_svg(figure: Figure, title: str) -> str:
     """The figure as an inline <svg> element with an accessible name; scales with the page."""
     buffer = io.StringIO()
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}):
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": title}), warnings.catch_warnings():
+        # text goes out as text and the browser brings the fonts: what matplotlib's own font lacks does not matter
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")  # a crowded figure is still drawn
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]

@@ -106,16 +106,25 @@ def read_run(folder: Path) -> dict[str, Any]:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         metrics = [entry for entry in map(json.loads, lines) if "loss" in entry]
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         name = Path(str(error.filename)).name
         raise UserError(f"{folder} is no finished run: it has no {name}") from None
     except ValueError as error:
         raise UserError(f"{folder} holds a damaged file ({error}); run it again") from None
+    try:
+        return _facts(folder, result, config, metrics)
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder} is damaged or was made by another version of rankwise ({error!r})") from None
+
+
+def _facts(
+    folder: Path, result: dict[str, Any], config: dict[str, Any], metrics: list[dict[str, Any]]
+) -> dict[str, Any]:
     metric = result["primary_metric"]
     settings = config["settings"]
     return {
         "label": _LABELS.get(result["method"], result["method"]),
-        "folder": folder.name,
+        "folder": folder.resolve().as_posix(),
         "method": result["method"],
         "task": result["task"],
         "metric": metric,
@@ -141,9 +150,25 @@ def read_run(folder: Path) -> dict[str, Any]:
 def _distinct_labels(runs: list[dict[str, Any]]) -> None:
     """Two runs of one method are told apart by their folders."""
     labels = [run["label"] for run in runs]
-    for run in runs:
+    folders = [run["folder"] for run in runs]
+    for run, folder in zip(runs, _shortest_names(folders), strict=True):
+        run["folder"] = folder  # the page and its JSON carry no path of the machine
         if labels.count(run["label"]) > 1:
-            run["label"] = f"{run['label']} ({run['folder']})"
+            run["label"] = f"{run['label']} ({folder})"
+
+
+def _shortest_names(folders: list[str]) -> list[str]:
+    """The last parts of each path, as many as tell all of them apart."""
+    parts = [folder.split("/") for folder in folders]
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(set(folders)):
+            break
+    seen: dict[str, int] = {}
+    for index, name in enumerate(names):  # one folder given twice is still two columns
+        seen[name] = seen.get(name, 0) + 1
+        names[index] = name if seen[name] == 1 else f"{name}, again"
+    return names
 
 
 def _page(title: str, runs: list[dict[str, Any]], figures: list[tuple[str, str, str]], checks: dict[str, Any]) -> str:
@@ -184,7 +209,7 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
         return html.escape(f"{about}. The score is undefined: every prediction is the same.")
     best = max(scored, key=lambda run: run["after"])
     text = f"{about}. "
-    if len(runs) > 1:
+    if len(scored) > 1:
         rest = ", ".join(f"{run['label']} {run['after']:.4f}" for run in scored if run is not best)
         text += f"Highest {first['metric']}: {best['label']} with {best['after']:.4f}, against {rest}. "
     else:

@@ -49,7 +49,7 @@ class CompressedDeepLinear(nn.Module):
         >>> from rankwise.factorizations import CompressedDeepLinear, identity_factors
         >>> frame = torch.eye(5)[:, :2]
         >>> f = CompressedDeepLinear(frame, frame, identity_factors(3, 2, 0.1))
-        >>> f(torch.ones(5)).tolist()[-1], round(float(f.product()[0, 0]), 6)
+        >>> f(torch.ones(5)).tolist()[-1], round(f.product()[0, 0].item(), 6)
         (0.0, 0.001)
     """
 
