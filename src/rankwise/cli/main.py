@@ -3,9 +3,8 @@
 import importlib
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
-import click
 import typer
 from rich.console import Console
 
@@ -20,6 +19,8 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
+# typer raises click's exceptions, its own copy of them in newer versions: found by the name both carry
+_USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _COMMANDS = ("finetune", "export", "report")
 
 
@@ -55,11 +56,10 @@ def main(arguments: list[str] | None = None) -> int:
     debug = bool(os.environ.get("RANKWISE_DEBUG"))
     try:
         outcome = app(args=arguments, prog_name="rankwise", standalone_mode=False)
-    except click.exceptions.Abort:
+    except typer.Abort:
         return _complain("interrupted", 1)
-    except click.ClickException as error:
-        error.show()
-        return 2
+    except _USAGE_ERROR as error:
+        return _complain(f"{error.format_message()}\nsee rankwise --help, or rankwise COMMAND --help", 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 1)
     except BrokenPipeError:

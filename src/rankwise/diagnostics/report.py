@@ -61,6 +61,8 @@ def write_report(
         from rankwise.diagnostics import plots
     except ImportError as error:
         raise UserError(f"reports need matplotlib ({error}): pip install 'rankwise[report]'") from None
+    target = Path(path)
+    _check_target(target)
     loaded = [read_run(Path(run)) for run in runs]
     _distinct_labels(loaded)
     if len({run["task"] for run in loaded}) > 1:
@@ -84,7 +86,6 @@ def write_report(
         ("Adapter size", "Bytes of the safetensors files.", plots.sizes_figure(loaded)),
     ]
     drawn = [(name, note, plots.as_svg(figure, name)) for name, note, figure in figures]
-    target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
@@ -105,7 +106,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [entry for entry in map(json.loads, lines) if "loss" in entry]
+        metrics = [entry for entry in map(json.loads, lines) if entry.get("loss") is not None]
     except (FileNotFoundError, NotADirectoryError) as error:
         name = Path(str(error.filename)).name
         raise UserError(f"{folder} is no finished run: it has no {name}") from None
@@ -145,6 +146,18 @@ def _facts(
         "steps": [entry["step"] for entry in metrics],
         "losses": [entry["loss"] for entry in metrics],
     }
+
+
+def _check_target(target: Path) -> None:
+    """The page and its JSON replace files of their names: refuse names that would hit something else."""
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; name a file in it, such as {target / 'report.html'}")
+    if target.suffix.lower() == ".json":
+        raise UserError(f"{target} is for the page's JSON; give --out the name of the HTML file, such as report.html")
+    if target.with_suffix(".json").name in ("config.json", "result.json", "adapter_config.json"):
+        raise UserError(
+            f"{target} would put its JSON over a run's own {target.with_suffix('.json').name}; use another name"
+        )
 
 
 def _distinct_labels(runs: list[dict[str, Any]]) -> None:

@@ -24,7 +24,7 @@ class DeepLinear(nn.Module):
         >>> import torch
         >>> from rankwise.factorizations import DeepLinear
         >>> deep = DeepLinear.orthogonal(6, depth=3, init_scale=0.1, generator=torch.Generator().manual_seed(0))
-        >>> round(float(torch.linalg.matrix_norm(deep.product(), 2)), 6)
+        >>> round(torch.linalg.matrix_norm(deep.product(), 2).item(), 6)
         0.001
     """
 

@@ -1,6 +1,7 @@
 """Reading a labelled table and guessing what its columns mean."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,8 @@ _LABEL_NAMES = (
     "category",
     "y",
 )
+# every cell as written: "007", "1e3", "TRUE" and "NA" are texts like any other
+_AS_WRITTEN: dict[str, Any] = {"dtype": str, "encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
 _FORMATS = ".csv, .tsv, .jsonl, .parquet or hub:NAME"
 
 
@@ -108,7 +111,7 @@ def read_table(
             np.flatnonzero(~missing.to_numpy()),
             kept[columns.text],
             kept[columns.text_pair] if columns.text_pair else [None] * len(kept),
-            kept[columns.label].tolist(),
+            _as_numbers(kept[columns.label]).tolist(),
             strict=True,
         )
     ]
@@ -138,15 +141,13 @@ def draw(count: int, shots: int, seed: int) -> tuple[list[int], list[int]]:
 
 
 def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
-    if not path.is_file():
-        kind = "is a folder" if path.is_dir() else "does not exist"
+    if not os.path.isfile(path):  # noqa: PTH113  # unlike Path.is_file, no exception for a name that is too long
+        kind = "is a folder" if os.path.isdir(path) else "does not exist"  # noqa: PTH112
         raise UserError(f"the data file {path} {kind}; expected {_FORMATS}")
     readers = {
-        ".csv": lambda: pd.read_csv(path, encoding="utf-8-sig", keep_default_na=False, na_values=[""]),
-        ".tsv": lambda: pd.read_csv(
-            path, sep="\t", quoting=3, encoding="utf-8-sig", keep_default_na=False, na_values=[""]
-        ),
-        ".jsonl": lambda: pd.read_json(path, lines=True, encoding="utf-8", dtype=False, convert_dates=False),
+        ".csv": lambda: pd.read_csv(path, **_AS_WRITTEN),
+        ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=3, **_AS_WRITTEN),
+        ".jsonl": lambda: pd.read_json(path, lines=True, encoding="utf-8-sig", dtype=False),
         ".parquet": lambda: pd.read_parquet(path),
     }
     reader = readers.get(path.suffix.lower())
@@ -165,7 +166,22 @@ def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
         ) from None
     except (pd.errors.ParserError, ValueError, OSError) as error:
         raise UserError(f"cannot read {path} as {path.suffix[1:]}: {error}") from None
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise UserError(
+            f"{path} has rows with more fields than its header has columns; put texts with commas in double quotes"
+        )
     return frame, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _as_numbers(labels: pd.Series) -> pd.Series:
+    """Labels written as text, as numbers if every one is a number and no two different spellings become the same."""
+    if not pd.api.types.is_string_dtype(labels):
+        return labels
+    try:
+        numbers = pd.to_numeric(labels)
+    except (ValueError, TypeError):
+        return labels
+    return numbers if numbers.nunique() == labels.nunique() or (numbers % 1 != 0).any() else labels
 
 
 def _read_hub(name: str) -> tuple[pd.DataFrame, str]:
@@ -176,6 +192,8 @@ def _read_hub(name: str) -> tuple[pd.DataFrame, str]:
     except ImportError:
         raise UserError("reading hub:NAME needs one more package: pip install 'rankwise[hub]'") from None
     repository, _, config = name.partition(":")
+    if not repository:
+        raise UserError("--data hub: needs a name, such as hub:org/name")
     try:
         loaded = datasets.load_dataset(repository, config or None, split="train")
         revision = HfApi().dataset_info(repository).sha or "unknown"
@@ -212,9 +230,10 @@ def _guess_columns(
         text = text or _longest_text(frame, {label, text_pair})
         if text is None:
             raise UserError(f"cannot find a text column in {source}; it has {', '.join(names)}. Name it with --text")
-        text_pair = text_pair or next((lower[name] for name in _PAIR_NAMES if name in lower), None)
-        text_pair = None if text_pair in (text, label) else text_pair
-    if len({text, text_pair, label}) < 3 and text in (label, text_pair):
+        free = [lower[name] for name in _PAIR_NAMES if name in lower and lower[name] not in (text, label)]
+        text_pair = text_pair or next(iter(free), None)
+    named = [name for name in (text, text_pair, label) if name is not None]
+    if len(set(named)) < len(named):
         raise UserError(f"text, pair and label must be different columns, got {text}, {text_pair} and {label}")
     return Columns(text, text_pair, label)
 
@@ -223,6 +242,8 @@ def _longest_text(frame: pd.DataFrame, taken: set[str | None]) -> str | None:
     lengths = {
         name: frame[name].astype(str).str.len().mean()
         for name in frame.columns
-        if name not in taken and pd.api.types.is_string_dtype(frame[name])
+        if name not in taken
+        and pd.api.types.is_string_dtype(frame[name])
+        and pd.to_numeric(frame[name], errors="coerce").isna().any()
     }
     return max(lengths, key=lambda name: lengths[name]) if lengths else None

@@ -5,12 +5,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rankwise.adapters import DeepLoraConfig
 from rankwise.errors import UserError
 from rankwise.finetuning.settings import FinetuneSettings
 from rankwise.finetuning.tasks import Task
+
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
 
 
 def load_tokenizer(source: str) -> tuple[Any, str | None]:
@@ -39,13 +42,13 @@ def load_model(task: Task, source: str, revision: str | None) -> nn.Module:
     """The pretrained model of this task (safetensors only, no remote code)."""
     try:
         return task.load_model(source, revision)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(_explain(source, error)) from None
 
 
 def adapt(model: nn.Module, task: Task, settings: FinetuneSettings) -> nn.Module:
     """Wrap the model with the method's PEFT adapter on every linear layer that the loss reaches."""
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig, PeftConfig, get_peft_model
 
     common: dict[str, Any] = {
         "r": settings.r,
@@ -53,13 +56,26 @@ def adapt(model: nn.Module, task: Task, settings: FinetuneSettings) -> nn.Module
         "exclude_modules": task.modules_left_out(model) or None,
         "task_type": task.peft_task_type,
     }
+    config: PeftConfig
     if settings.method == "lora":
         # PEFT's standard start (Kaiming A, zero B) with scaling 1
-        return get_peft_model(model, LoraConfig(lora_alpha=settings.r, **common))
-    config = DeepLoraConfig(
-        inner_depth=settings.inner_depth, init_scale=settings.init_scale, variant=settings.variant, **common
-    )
-    return get_peft_model(model, config)
+        config = LoraConfig(lora_alpha=settings.r, **common)
+    else:
+        config = DeepLoraConfig(
+            inner_depth=settings.inner_depth, init_scale=settings.init_scale, variant=settings.variant, **common
+        )
+    try:
+        return get_peft_model(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"cannot adapt this model with --method {settings.method} --rank {settings.r}: {error}"
+        ) from None
+
+
+def text_length(model: nn.Module, wanted: int) -> int:
+    """Tokens to keep: what was asked for, at most what the model has positions for."""
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min(wanted, positions) if isinstance(positions, int) and positions > 0 else wanted
 
 
 def device() -> torch.device:
@@ -72,7 +88,7 @@ def device() -> torch.device:
 def _check_folder(source: str) -> None:
     path = Path(source)
     looks_local = source.startswith((".", "/", "~", os.sep)) or source.count("/") > 1 or "\\" in source
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112
         if not (path / "config.json").is_file():
             raise UserError(f"the model folder {source} has no config.json; expected a Hugging Face model folder")
         if not any(path.glob("*.safetensors")):
@@ -80,13 +96,18 @@ def _check_folder(source: str) -> None:
                 f"the model folder {source} has no .safetensors weights; rankwise does not unpickle .bin files. "
                 "Convert it once with save_pretrained(..., safe_serialization=True)"
             )
-    elif path.is_file() or looks_local:
+        if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
+            raise UserError(
+                f"the model folder {source} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there with "
+                "tokenizer.save_pretrained(folder)"
+            )
+    elif os.path.isfile(path) or looks_local:  # noqa: PTH113  # no exception for a name that is too long
         raise UserError(f"there is no model folder {source}; --model takes a folder or a hub name such as org/name")
 
 
 def _explain(source: str, error: Exception) -> str:
     first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if Path(source).is_dir():
+    if os.path.isdir(source):  # noqa: PTH112
         return f"cannot load the model in {source}: {first}"
     return (
         f"cannot get {source}/config.json (and its weights) from the Hugging Face hub or the local cache: {first} "

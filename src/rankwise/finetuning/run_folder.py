@@ -1,6 +1,7 @@
 """A run on disk: config.json, metrics.jsonl, checkpoints/, adapter/, result.json."""
 
 import json
+import os
 import platform
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
@@ -30,21 +31,33 @@ class RunFolder:
 
     def create(self) -> None:
         """Make the folder; one that holds anything already is refused."""
-        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-            hint = "; continue it with --resume" if self.config_file.is_file() else ""
-            raise UserError(f"the output folder {self.path} is in use{hint} or choose another with --out")
+        self.require_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.path}: {error.strerror}") from None
 
+    def require_free(self) -> None:
+        """Refuse a folder that holds anything already, or a path that cannot be one."""
+        try:
+            taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        except OSError as error:
+            raise UserError(f"cannot use the output folder {self.path}: {error.strerror}") from None
+        if taken:
+            hint = "; continue it with --resume," if self.config_file.is_file() else ";"
+            raise UserError(f"the output folder {self.path} is in use{hint} or choose another with --out")
+
     def read_config(self) -> dict[str, Any]:
-        if not self.config_file.is_file():
+        if not os.path.isfile(self.config_file):  # noqa: PTH113  # no exception for a name that is too long
             raise UserError(f"{self.path} is no run to resume: it has no config.json")
         try:
-            return json.loads(self.config_file.read_text(encoding="utf-8"))
-        except ValueError as error:
+            config = json.loads(self.config_file.read_text(encoding="utf-8"))
+            for key in ("settings", "task", "data", "precision"):
+                if key not in config:
+                    raise ValueError(f"it has no {key!r}")
+        except (ValueError, TypeError) as error:
             raise UserError(f"{self.config_file} is damaged ({error}); start the run again in a new folder") from None
+        return config
 
     def append_metrics(self, **entry: Any) -> None:
         """One JSON object a line, flushed: a killed run keeps what it measured."""
@@ -66,6 +79,8 @@ class RunFolder:
     def forget_steps_after(self, step: int) -> None:
         """Drop metrics of steps that a resumed run will repeat."""
         kept = [entry for entry in self.read_metrics() if entry.get("step", 0) <= step]
+        if not self.metrics_file.is_file():
+            return
         temporary = self.metrics_file.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
         temporary.replace(self.metrics_file)

@@ -23,7 +23,7 @@ from rankwise.adapters.files import replacing_folder
 from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.data import Table, draw, read_table
-from rankwise.finetuning.models import adapt, device, load_model, load_tokenizer
+from rankwise.finetuning.models import adapt, device, load_model, load_tokenizer, text_length
 from rankwise.finetuning.precision import autocast, choose_precision
 from rankwise.finetuning.run_folder import RunFolder, environment
 from rankwise.finetuning.settings import FinetuneSettings
@@ -60,8 +60,7 @@ def finetune(settings: FinetuneSettings, console: Console | None = None) -> dict
     """
     console = console or Console(stderr=True, quiet=True)
     folder = RunFolder(settings.folder)
-    if folder.path.exists() and (not folder.path.is_dir() or any(folder.path.iterdir())):
-        folder.create()  # raises: refuse before reading gigabytes
+    folder.require_free()
     return _run(settings, folder, console, None)
 
 
@@ -83,19 +82,21 @@ def _run(
     settings: FinetuneSettings, folder: RunFolder, console: Console, resumed: dict[str, Any] | None
 ) -> dict[str, Any]:
     tokenizer, revision = load_tokenizer(settings.model)
-    table = read_table(settings.data, text=settings.text, text_pair=settings.text_pair, label=settings.label)
-    table, split = _with_held_out(settings, table)
+    table, count = _read_tables(settings)
+    if resumed and resumed["data"]["revision"] != table.revision:
+        pairs = zip(resumed["data"]["revision"].split("+"), table.revision.split("+"), strict=False)
+        changed = next((n for n, (was, now) in enumerate(pairs) if was != now), 0)
+        file = (settings.data, settings.eval_data)[changed]
+        raise UserError(f"{file} has changed since the run began; start a new run or restore the file")
+    split = _split(settings, table, count)
     task_name = resumed["task"] if resumed else settings.task
     task = make_task(task_name, table, tokenizer, source=settings.model, max_length=settings.max_length)
-    if resumed and resumed["data"]["revision"] != table.revision:
-        raise UserError(f"{settings.data} has changed since the run began; start a new run or restore the file")
     _check_training_labels(task, split)
     set_seed(settings.seed)
     model = load_model(task, settings.model, revision)
     where = device()
     model.to(where)
-    if resumed is None:
-        folder.create()
+    task.max_length = text_length(model, settings.max_length)
     console.print(
         f"{task.name} on {len(split.train)} labelled rows, {len(split.held_out)} held out "
         f"(columns {', '.join(filter(None, asdict(table.columns).values()))}"
@@ -118,6 +119,7 @@ def _run(
     else:
         precision = settings.precision
     if resumed is None:
+        folder.create()  # only now: a mistake found earlier leaves nothing behind
         folder.write(folder.config_file, _config(settings, task, table, split, revision, precision, timing))
 
     optimizer = _optimizer(model, task, settings, first_batches, where, precision, folder, console)
@@ -126,17 +128,25 @@ def _run(
     return _finish(settings, folder, model, task, split, before, after, precision, seconds, console)
 
 
-def _with_held_out(settings: FinetuneSettings, table: Table) -> tuple[Table, _Split]:
-    """The table with the evaluation rows appended, and which rows train and which are held out."""
+def _read_tables(settings: FinetuneSettings) -> tuple[Table, int]:
+    """The training table with the rows of --eval-data appended, and how many rows come before those."""
+    table = read_table(settings.data, text=settings.text, text_pair=settings.text_pair, label=settings.label)
     count = len(table.rows)
-    if settings.shots is not None and settings.shots > count:
-        raise UserError(f"--shots {settings.shots} asks for more rows than {settings.data} has ({count})")
     if settings.eval_data is not None:
         columns = table.columns
         held = read_table(settings.eval_data, text=columns.text, text_pair=columns.text_pair, label=columns.label)
+        revision = f"{table.revision}+{held.revision}"
+        table = replace(table, rows=table.rows + held.rows, revision=revision, dropped=table.dropped + held.dropped)
+    return table, count
+
+
+def _split(settings: FinetuneSettings, table: Table, count: int) -> _Split:
+    """Which rows train and which are held out, drawn by the seed."""
+    if settings.shots is not None and settings.shots > count:
+        raise UserError(f"--shots {settings.shots} asks for more rows than {settings.data} has ({count})")
+    if settings.eval_data is not None:
         train, _ = draw(count, settings.shots or count, settings.seed)
-        table = replace(table, rows=table.rows + held.rows)
-        rest = list(range(count, count + len(held.rows)))
+        rest = list(range(count, len(table.rows)))
     else:
         shots = settings.shots if settings.shots is not None else max(1, count - max(1, count // 5))
         train, rest = draw(count, shots, settings.seed)
@@ -148,7 +158,7 @@ def _with_held_out(settings: FinetuneSettings, table: Table) -> tuple[Table, _Sp
     if len(rest) > settings.eval_limit:
         chosen, _ = draw(len(rest), settings.eval_limit, settings.seed)
         rest = [rest[i] for i in chosen]
-    return table, _Split(train, rest)
+    return _Split(train, rest)
 
 
 def _check_training_labels(task: Task, split: _Split) -> None:
@@ -232,8 +242,8 @@ def _train(
 ) -> float:
     """Train to the end (or to Ctrl-C); returns the median seconds of a step."""
     checkpoint = folder.last_checkpoint()
+    folder.forget_steps_after(checkpoint[0] if checkpoint else 0)
     if checkpoint:
-        folder.forget_steps_after(checkpoint[0])
         console.print(f"resuming at step {checkpoint[0]} of {settings.steps}", highlight=False, soft_wrap=True)
     arguments = TrainingArguments(
         output_dir=str(folder.checkpoints),
@@ -271,6 +281,9 @@ def _train(
     with recorder.catching_interrupts(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
         try:
+            if checkpoint and checkpoint[0] >= settings.steps:  # killed while finishing: Trainer would add a step
+                trainer._load_from_checkpoint(str(checkpoint[1]))
+                return _median_step(folder)
             trainer.train(resume_from_checkpoint=str(checkpoint[1]) if checkpoint else None)
         except KeyboardInterrupt:
             recorder.interrupted = True
@@ -279,8 +292,15 @@ def _train(
             f"stopped at step {trainer.state.global_step} of {settings.steps}; go on with\n"
             f"  rankwise finetune --resume --out {folder.path}"
         )
-    seconds = [entry["seconds"] for entry in folder.read_metrics() if "loss" in entry]
-    return float(np.median(seconds)) if seconds else float("nan")
+    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
+        raise UserError(
+            f"training diverged: the adapter holds NaN or infinite numbers; lower --lr (it was {settings.learning_rate:g})"
+        )
+    return _median_step(folder)
+
+
+def _median_step(folder: RunFolder) -> float:
+    return float(np.median([entry["seconds"] for entry in folder.read_metrics() if "loss" in entry]))
 
 
 def _finish(

@@ -8,6 +8,7 @@ from rankwise.errors import UserError
 
 METHODS = ("deep-lora", "lora")
 PRECISIONS = ("auto", "fp32", "bf16")
+VARIANTS = ("compressed", "spectral", "random")
 PRESETS: dict[str, dict[str, Any]] = {
     # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
     "paper": {"lr": 1e-2, "outer_lr_ratio": 1e-2, "adam_eps": 1e-6, "inner_depth": 3, "init_scale": 1e-3, "r": 8},
@@ -76,6 +77,7 @@ class FinetuneSettings:
         _require(0 <= self.outer_lr_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
         _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
 
     @property
@@ -104,7 +106,10 @@ class FinetuneSettings:
         unknown = sorted(set(content) - known)
         if unknown:
             raise UserError(f"the run was made by another version of rankwise (unknown settings: {', '.join(unknown)})")
-        return cls(**content)
+        try:
+            return cls(**content)
+        except TypeError as error:
+            raise UserError(f"the run's settings are incomplete ({error}); start it again in a new folder") from None
 
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:

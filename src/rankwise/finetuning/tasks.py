@@ -158,7 +158,12 @@ class _HeadTask(Task):
         from transformers import AutoModelForSequenceClassification
 
         model = AutoModelForSequenceClassification.from_pretrained(
-            source, revision=revision, use_safetensors=True, dtype=torch.float32, **head
+            source,
+            revision=revision,
+            use_safetensors=True,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # a head trained for other labels starts anew
+            **head,
         )
         if model.config.pad_token_id is None:
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -219,7 +224,7 @@ class Regression(_HeadTask):
     def _targets(self) -> Array:
         values = numeric_labels(self.table.rows, self.table.source, self.table.columns.label)
         self.mean, self.spread = float(values.mean()), float(values.std())
-        if self.spread == 0:
+        if np.ptp(values) == 0:  # not the spread: rounding leaves it at 1e-17
             raise UserError(f"every score in column {self.table.columns.label!r} is {self.mean:g}: nothing to learn")
         return values.astype(np.float32)
 

@@ -1,5 +1,6 @@
 """transformers' Trainer, with a task's loss, our progress bar and a gentle Ctrl-C."""
 
+import math
 import signal
 import sys
 import threading
@@ -86,7 +87,8 @@ class RunRecorder(TrainerCallback):
         if "loss" not in logs:
             return
         loss = float(logs["loss"])
-        self.folder.append_metrics(step=state.global_step, loss=loss, seconds=round(self.seconds, 5))
+        kept = loss if math.isfinite(loss) else None  # JSON has no NaN
+        self.folder.append_metrics(step=state.global_step, loss=kept, seconds=round(self.seconds, 5))
         self.progress.update(self.bar, completed=state.global_step, loss=f"{loss:.4f}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
