@@ -41,6 +41,15 @@ def run_once(method: str, seed: int, steps: int, model: Path, root: Path) -> dic
     }
 
 
+def draw_picture(runs: list[Path]) -> None:
+    """The README's picture: the spectra of the first seed."""
+    from rankwise.diagnostics.plots import spectrum_figure
+
+    target = Path(__file__).parent.parent / "docs" / "images" / "spectra.png"
+    target.parent.mkdir(exist_ok=True)
+    spectrum_figure([read_run(run) for run in runs]).savefig(target, dpi=160)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5)
@@ -62,6 +71,7 @@ def main() -> None:
         "deep_lora_wins": sum(d > 0 for d in differences),
     }
     print(summary)
+    draw_picture([options.root / f"{m}-seed0-steps{options.steps}" for m in METHODS])
     write_result(
         "demo_seeds",
         f"python benchmarks/demo_seeds.py --seeds {options.seeds} --steps {options.steps}",

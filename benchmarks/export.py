@@ -48,8 +48,11 @@ def main() -> None:
     shutil.rmtree(folder)
     speed_up = 1 / timing["median_ratio"]
     print(f"{layers} layers: {timing['median_ours_seconds']:.3f} s, {speed_up:.0f} x faster than PEFT's conversion")
-    command = "python benchmarks/export.py " + " ".join(sys.argv[1:])
-    write_result("export", command.strip(), {"layers": layers, "rank": RANK, "speed_up": speed_up, **timing})
+    write_result(
+        "export",
+        " ".join(["python", "benchmarks/export.py", *sys.argv[1:]]),
+        {"layers": layers, "rank": RANK, "speed_up": speed_up, **timing},
+    )
 
 
 if __name__ == "__main__":

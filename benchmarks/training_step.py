@@ -77,7 +77,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.memory:
         side = Side(*options.memory)
-        for _ in range(3):
+        for _ in range(2):
             side.step()
         return
 
@@ -86,17 +86,17 @@ def main() -> None:
         ours, peer = Side("deep-lora", precision), Side("lora", precision)
         timing = alternate(ours.step, peer.step, pairs)
         print(f"{precision}: step ratio {timing['median_ratio']:.3f}", flush=True)
-        memory = []
-        if precision == "fp32":
-            for _ in range(3):
-                memory.append([peak_memory_bytes([__file__, "--memory", m, precision]) for m in ("deep-lora", "lora")])
-        ratio = statistics.median(a / b for a, b in memory) if memory else None
+        memory = [
+            [peak_memory_bytes([__file__, "--memory", method, precision]) for method in ("deep-lora", "lora")]
+            for _ in range(3)
+        ]
+        ratio = statistics.median(a / b for a, b in memory)
         results[precision] = {"step": timing, "peak_memory_bytes": memory, "memory_ratio": ratio}
-        print(f"{precision}: memory ratio {ratio}", flush=True)
+        print(f"{precision}: memory ratio {ratio:.3f}", flush=True)
         if precision == "fp32":
             results["initialization"] = initialization_in_steps(ours, 5)
             print(f"initialization: {results['initialization']['median_steps']:.2f} steps", flush=True)
-    write_result("training_step", "python benchmarks/training_step.py " + " ".join(sys.argv[1:]), results)
+    write_result("training_step", " ".join(["python", "benchmarks/training_step.py", *sys.argv[1:]]), results)
 
 
 if __name__ == "__main__":
