@@ -43,7 +43,7 @@ format: $(READY) ## rewrite the code in the house format
 	$(VENV)/bin/ruff check --fix .
 
 study: $(READY) ## Deep LoRA and LoRA over several draws of the demo's rows
-	$(PY) benchmarks/demo_seeds.py
+	$(PY) benchmarks/demo_seeds.py --seeds 3 --steps 150
 
 benchmark: $(READY) ## step time, memory, initialization and export against PEFT; writes benchmarks/results/
 	$(PY) benchmarks/training_step.py
