@@ -7,6 +7,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import jaxtyping
 import pytest
@@ -58,3 +59,17 @@ def unchecked_shapes() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A tiny embedding model's folder (``model``) and the files ``pairs``, ``classes`` and ``ratings``, all as str."""
+    from tests.finetuning.tiny_checkpoint import save_tiny_checkpoint, write_classes, write_pairs, write_ratings
+
+    root = tmp_path_factory.mktemp("tiny")
+    return SimpleNamespace(
+        model=str(save_tiny_checkpoint(root / "embedding")),
+        pairs=str(write_pairs(root / "pairs.csv")),
+        classes=str(write_classes(root / "classes.csv")),
+        ratings=str(write_ratings(root / "ratings.csv")),
+    )

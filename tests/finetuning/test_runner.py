@@ -47,7 +47,9 @@ def predictions(folder: Path) -> list[dict[str, str]]:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [(entry["step"], entry["loss"]) for entry in map(json.loads, lines)]
+    header, *entries = map(json.loads, lines)
+    assert header == {"format_version": 1}
+    return [(entry["step"], entry["loss"]) for entry in entries]
 
 
 def outcome(folder: Path) -> tuple[str, list[tuple[int, float]], dict[str, Any]]:

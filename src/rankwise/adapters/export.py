@@ -5,6 +5,7 @@ singular values of ΔW without forming it, and the truncated pair B = U_k·√S,
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -24,6 +25,8 @@ from rankwise.adapters.files import replacing_folder, save_tensors, write_json
 from rankwise.adapters.layer import DeepLoraLayer, scaled_left, stored_scale
 from rankwise.spectral import numerical_rank, rank_for_energy
 from rankwise.spectral.precision import compute_dtype, require_finite
+
+logger = logging.getLogger(__name__)
 
 _PREFIX = "base_model.model."
 
@@ -201,7 +204,9 @@ def _export(
     with replacing_folder(path) as folder:
         save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, kind="lora")
         write_json(folder / CONFIG_NAME, lora)
-    return ExportSummary(path, layers, _bytes(state), _bytes(tensors))
+    summary = ExportSummary(path, layers, _bytes(state), _bytes(tensors))
+    logger.info("%s", summary)
+    return summary
 
 
 def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Loading tokenizers and pretrained models, with errors that say which file was wanted."""
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,10 @@ def adapt(model: nn.Module, task: Task, settings: FinetuneSettings) -> nn.Module
             inner_depth=settings.inner_depth, init_scale=settings.init_scale, variant=settings.variant, **common
         )
     try:
-        return get_peft_model(model, config)
+        with warnings.catch_warnings():
+            # PEFT asks transformers by an old name whether gradient checkpointing is on: nothing a user could change
+            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
+            return get_peft_model(model, config)
     except (ValueError, TypeError) as error:
         raise UserError(
             f"cannot adapt this model with --method {settings.method} --rank {settings.r}: {error}"

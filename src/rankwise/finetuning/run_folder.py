@@ -61,11 +61,14 @@ class RunFolder:
 
     def append_metrics(self, **entry: Any) -> None:
         """One JSON object a line, flushed: a killed run keeps what it measured."""
+        is_new = not self.metrics_file.is_file()
         with self.metrics_file.open("a", encoding="utf-8") as file:
+            if is_new:
+                file.write(json.dumps({"format_version": FORMAT_VERSION}) + "\n")
             file.write(json.dumps(entry, allow_nan=False) + "\n")
 
     def read_metrics(self) -> list[dict[str, Any]]:
-        """All entries; a last line cut short by a kill is left out."""
+        """All measured entries; the header and a last line cut short by a kill are left out."""
         if not self.metrics_file.is_file():
             return []
         entries = []
@@ -74,11 +77,11 @@ class RunFolder:
                 entries.append(json.loads(line))
             except ValueError:
                 continue
-        return entries
+        return [entry for entry in entries if "step" in entry]
 
     def forget_steps_after(self, step: int) -> None:
         """Drop metrics of steps that a resumed run will repeat."""
-        kept = [entry for entry in self.read_metrics() if entry.get("step", 0) <= step]
+        kept = [{"format_version": FORMAT_VERSION}, *(e for e in self.read_metrics() if e["step"] <= step)]
         if not self.metrics_file.is_file():
             return
         temporary = self.metrics_file.with_suffix(".tmp")

@@ -102,6 +102,7 @@ def _run(
         f"(columns {', '.join(filter(None, asdict(table.columns).values()))}"
         + (f"; {table.dropped} incomplete rows dropped)" if table.dropped else ")"),
         highlight=False,
+        soft_wrap=True,
     )
 
     before = _evaluate(task, model, split.held_out, where, console, "before")
