@@ -58,7 +58,7 @@ def load_with_plain_peft(model: Path, run: Path) -> dict[str, object]:
     print(f"{found['rows']} pairs scored, largest difference {found['largest difference']:.1e}", flush=True)
     if found["largest difference"] > 1e-4:
         sys.exit("error: the exported adapter does not give the outputs of the trained one")
-    return found
+    return {**found, "largest difference": f"{found['largest difference']:.1e}"}
 
 
 def main() -> None:

@@ -236,7 +236,7 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
 
 def _table(runs: list[dict[str, Any]]) -> str:
     best = max((run["after"] for run in runs if run["after"] is not None), default=None)
-    head = ["method", f"{runs[0]['metric']} before", "after", "change", "directions (99 %)", "of", "trainable"]
+    head = ["method", f"{runs[0]['metric']} before", "after", "change", "directions (99\u00a0%)", "of", "trainable"]
     head += ["LoRA file", "ms a step"]
     rows = []
     for run in runs:
