@@ -55,7 +55,7 @@ def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_
     """B = U(W̃_L⋯W̃_1 − ε^L·I) in float32 or better: ΔW = B·Vᵀ.
 
     Deaf to autocast: a core near ε^L·I computed in bf16 would drown in its own rounding. Plain autograd, because a
-    hand-written backward measured 1.5 × slower at r = 8, where every operation costs its call and not its arithmetic.
+    hand-written backward was slower at r = 8, where every operation costs its call and not its arithmetic.
     The shift is added after the product, not inside the last multiplication: fused, it would cancel the *unrounded*
     product and leave the rounding error of ε^L behind.
     """

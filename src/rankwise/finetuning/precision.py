@@ -19,7 +19,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
 def choose_precision(task: Task, model: nn.Module, batch: Batch, device: torch.device) -> tuple[str, dict[str, float]]:
     """``fp32`` or ``bf16``, and the seconds of a forward and backward pass under each on the CPU.
 
-    CPUs without bf16 instructions emulate them, tens of times slower; those with them gain a factor of 1.4 to 3.
+    CPUs without bf16 instructions emulate them, much slower; those with them usually gain.
     """
     if device.type == "cuda":
         return ("bf16" if torch.cuda.is_bf16_supported() else "fp32"), {}
