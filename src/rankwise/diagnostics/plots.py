@@ -3,7 +3,7 @@
 import io
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib
@@ -158,6 +158,230 @@ def sizes_figure(runs: Sequence[Run]) -> Figure:
         axes.set_xlabel("adapter file, MB")
         axes.grid(axis="y", visible=False)
     return figure
+
+
+# --- several methods on several tasks: the figures of a comparison ---------------------------------------------------
+
+# A series: "label", and "emphasis": the number of its colour, or None for one that only stands by, in grey.
+Series = dict[str, Any]
+_GREY = "#8a8a8a"
+_MARKERS = ("s", "^", "v", "D", "P", "X", "<", ">")
+
+
+def gains_figure(rows: Sequence[dict[str, Any]], label: str) -> Figure:
+    """Forest plot: mean difference and its interval, one row a setting, with the numbers beside it.
+
+    Args:
+        rows: ``name``, ``mean``, ``interval`` (pair or None), ``texts`` (up to three, set at the right), ``pooled`` (drawn as a
+            diamond below a line) and ``other`` (mean against another opponent, drawn hollow; or None).
+        label: what the horizontal axis says.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 1.0 + 0.27 * len(rows)))
+        axes = figure.add_subplot()
+        axes.axvline(0, color="#444444", linewidth=1)
+        for place, row in enumerate(rows):
+            tone = colour(1) if row["pooled"] else colour(0)
+            if row["interval"] is not None:
+                axes.plot(row["interval"], [place, place], color=tone, linewidth=2, alpha=0.6, solid_capstyle="butt")
+            if row["other"] is not None:
+                axes.plot(row["other"], place, "o", markersize=5, markerfacecolor="white", markeredgecolor=_GREY)
+            axes.plot(row["mean"], place, "D" if row["pooled"] else "o", markersize=6, color=tone)
+            for x, text in zip((6, 52, 96), row["texts"], strict=False):
+                where: dict[str, Any] = {"xycoords": axes.get_yaxis_transform(), "textcoords": "offset points"}
+                axes.annotate(text, (1, place), (x, 0), va="center", fontsize=8.5, **where)
+        pooled = sum(row["pooled"] for row in rows)
+        if 0 < pooled < len(rows):
+            axes.axhline(len(rows) - pooled - 0.5, color="#bbbbbb", linewidth=0.8)
+        axes.set_yticks(range(len(rows)), [_short(row["name"], 30) for row in rows])
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(FuncFormatter(_signed))
+        axes.set_xlabel(label)
+        axes.grid(axis="y", visible=False)
+    return figure
+
+
+def scores_by_labels_figure(panels: Sequence[dict[str, Any]], series: Sequence[Series]) -> Figure:
+    """Score against the number of labels: a small panel a task, a line a method, its interval as a bar.
+
+    Args:
+        panels: ``title`` and ``lines``: series' label → list of ``{"shots", "mean", "interval"}``.
+        series: in the order of the legend; one with ``reference`` true is drawn dashed and without bars.
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(7.2, 0.7 + 2.5 * rows))
+        grid = figure.subplots(rows, columns, squeeze=False).ravel()
+        for unused in grid[len(panels) :]:
+            unused.set_visible(False)
+        for axes, panel in zip(grid, panels, strict=False):
+            for index, one in enumerate(series):
+                _curve(axes, panel["lines"].get(one["label"], []), one, "shots", _spread(index, series))
+            _counts_axis(axes, [point["shots"] for points in panel["lines"].values() for point in points])
+            axes.set_title(_short(panel["title"], 60 // columns), fontsize=10)
+        for place, axes in enumerate(grid[: len(panels)]):
+            if place + columns >= len(panels):
+                axes.set_xlabel("labels")
+        _legend_below(figure, grid[: len(panels)])
+    return figure
+
+
+def harm_figure(panels: Sequence[dict[str, Any]], series: Sequence[Series]) -> Figure:
+    """Difference from the unadapted model: a panel a number of labels, a row a method, a cross for its worst task.
+
+    Args:
+        panels: ``title`` and ``points``: series' label → ``{"mean", "interval", "worst"}``.
+        series: in the order of the rows.
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = min(4, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(7.2, rows * (0.9 + 0.26 * len(series))))
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for unused in grid[len(panels) :]:
+            unused.set_visible(False)
+        for axes, panel in zip(grid, panels, strict=False):
+            axes.axvline(0, color="#444444", linewidth=1)
+            for place, one in enumerate(series):
+                point = panel["points"].get(one["label"])
+                if point is None:
+                    continue
+                tone = _tone(one)
+                axes.plot(point["worst"], place, "x", color=tone, markersize=5)
+                if point["interval"] is not None:
+                    axes.plot(point["interval"], [place, place], color=tone, linewidth=2, alpha=0.6)
+                axes.plot(point["mean"], place, "o", color=tone, markersize=6)
+            axes.set_title(_short(panel["title"], 60 // columns), fontsize=10)
+            axes.xaxis.set_major_locator(MaxNLocator(3 if columns > 2 else 5))
+            axes.xaxis.set_major_formatter(FuncFormatter(_signed))
+            axes.tick_params(axis="x", labelsize=8)
+            axes.grid(axis="y", visible=False)
+        for axes in grid[::columns]:
+            axes.set_yticks(range(len(series)), [_short(one["label"], 24) for one in series])
+            axes.set_ylim(len(series) - 0.4, -0.6)
+        figure.supxlabel("score minus that of the unadapted model (cross: worst task)", fontsize=10)
+    return figure
+
+
+def found_ranks_figure(panels: Sequence[dict[str, Any]], widest: int) -> Figure:
+    """Share of the updates that have each numerical rank, a panel a method; ranks above ``widest`` share one bar.
+
+    Args:
+        panels: a series with ``counts``: rank → number of updates.
+        widest: the last rank with a bar of its own.
+    """
+    with matplotlib.rc_context(_STYLE):
+        columns = min(4, len(panels))
+        rows = -(-len(panels) // columns)
+        figure = Figure(figsize=(7.2, 0.5 + 1.7 * rows))
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).ravel()
+        for unused in grid[len(panels) :]:
+            unused.set_visible(False)
+        step = max(1, -(-widest // 4))
+        ticks = list(range(0, widest + 1, step))
+        names = [str(tick) for tick in ticks]
+        overflow = widest + max(2, step)  # a gap says that the axis is broken there
+        beyond = any(rank > widest for panel in panels for rank in panel["counts"])
+        if beyond:
+            ticks, names = [*ticks, overflow], [*names, f">{widest}"]
+        for place, (axes, panel) in enumerate(zip(grid, panels, strict=False)):
+            total = sum(panel["counts"].values())
+            shares = np.zeros(overflow + 1)
+            for rank, count in panel["counts"].items():
+                shares[rank if rank <= widest else overflow] += 100 * count / total
+            axes.bar(range(len(shares)), shares, 0.85, color=_tone(panel))
+            axes.set_title(_short(panel["label"], 80 // columns), fontsize=10)
+            axes.set_xticks(ticks, names)
+            axes.set_xlim(-0.7, (overflow if beyond else widest) + 0.7)
+            axes.tick_params(axis="x", labelsize=8.5, labelbottom=place + columns >= len(panels))
+            axes.grid(axis="x", visible=False)
+        for axes in grid[: len(panels) : columns]:
+            axes.set_ylabel("% of updates")
+        figure.supxlabel("numerical rank of the update of a layer", fontsize=10)
+    return figure
+
+
+def score_against_rank_figure(lines: Sequence[Series]) -> Figure:
+    """Mean score against ``r``, a line a method: flat where the rank need not be chosen.
+
+    Args:
+        lines: series with ``points``: a list of ``{"r", "mean", "interval"}``.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.2))
+        axes = figure.add_subplot()
+        for index, line in enumerate(lines):
+            _curve(axes, line["points"], line, "r", _spread(index, lines))
+        _counts_axis(axes, [point["r"] for line in lines for point in line["points"]])
+        axes.set_xlabel("r, the rank allowed")
+        axes.set_ylabel("mean score")
+        axes.legend(frameon=False)
+    return figure
+
+
+def _tone(series: Series) -> str:
+    return _GREY if series["emphasis"] is None else colour(series["emphasis"])
+
+
+def _spread(index: int, series: Sequence[Series]) -> float:
+    """Factor that sets coloured series with the same abscissa beside each other on a logarithmic axis."""
+    coloured = [place for place, one in enumerate(series) if one["emphasis"] is not None]
+    return float(1.06 ** (coloured.index(index) - (len(coloured) - 1) / 2)) if index in coloured else 1.0
+
+
+def _curve(axes: Axes, points: Sequence[dict[str, Any]], series: Series, abscissa: str, spread: float) -> None:
+    if not points:
+        return
+    tone, standing_by = _tone(series), series["emphasis"] is None
+    y = [point["mean"] for point in points]
+    if series.get("reference"):
+        dashed: dict[str, Any] = {
+            "color": "#222222",
+            "linestyle": "--",
+            "linewidth": 1.2,
+            "label": _short(series["label"]),
+        }
+        if len(points) == 1:  # a line through one point is seen nowhere
+            axes.axhline(y[0], **dashed)
+        else:
+            axes.plot([point[abscissa] for point in points], y, **dashed)
+        return
+    x = [point[abscissa] * spread for point in points]
+    marker = _MARKERS[series["marker"] % len(_MARKERS)] if standing_by else "o"
+    width = 0.9 if standing_by else 1.8
+    order = 2 if standing_by else 3  # the methods in question lie on top
+    axes.plot(
+        x, y, color=tone, linewidth=width, marker=marker, markersize=4, label=_short(series["label"]), zorder=order
+    )
+    for place, point in zip(x, points, strict=True):
+        if point["interval"] is not None and not standing_by:
+            axes.plot([place, place], point["interval"], color=tone, linewidth=1.2, alpha=0.7, zorder=order)
+
+
+def _counts_axis(axes: Axes, values: Sequence[int]) -> None:
+    """Logarithmic to base 2, with a tick at every value that occurs (at every second one where they crowd)."""
+    axes.set_xscale("log", base=2)
+    ticks = sorted(set(values))
+    axes.set_xticks(ticks[:: 1 + len(ticks) // 7], [f"{tick:,}" for tick in ticks[:: 1 + len(ticks) // 7]])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.minorticks_off()
+    if ticks:
+        margin = 1.5 if len(ticks) > 1 else 4
+        axes.set_xlim(ticks[0] / margin, ticks[-1] * margin)
+
+
+def _legend_below(figure: Figure, panels: Iterable[Axes]) -> None:
+    handles = {text: handle for axes in panels for handle, text in zip(*axes.get_legend_handles_labels(), strict=True)}
+    if handles:
+        figure.legend(
+            list(handles.values()), list(handles), loc="outside lower center", ncols=min(4, len(handles)), frameon=False
+        )
+
+
+def _signed(value: float, _: int) -> str:
+    return "0" if abs(value) < 1e-12 else f"{value:+.3g}"
 
 
 def as_svg(figure: Figure, title: str) -> str:

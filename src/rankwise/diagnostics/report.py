@@ -1,35 +1,19 @@
 """One self-contained HTML page (and its JSON) about one or several fine-tuning runs."""
 
-import html
 import json
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rankwise.adapters.files import write_json
+from rankwise.diagnostics import page
+from rankwise.diagnostics.page import number
 from rankwise.errors import UserError
 
 FORMAT_VERSION = 1
 
 _LABELS = {"deep-lora": "Deep LoRA", "lora": "LoRA"}
-# Nothing may be fetched: not by the page, not by anything a data set or a folder name smuggled into it.
-_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-_CSS = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1b1b; background: #fff; max-width: 60rem; margin: 2rem auto;
-  padding: 0 1rem; }
-h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin: 2.2rem 0 .3rem; }
-p.lead { font-size: 1.1rem; margin-top: .3rem; } p.note { color: #555; margin: .2rem 0 .6rem; }
-table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: right; padding: .4rem .6rem; border-bottom: 1px solid #e2e2e2; }
-th:first-child, td:first-child { text-align: left; } td { white-space: nowrap; } thead th { border-bottom: 2px solid #999; font-weight: 600; }
-tr.best td { font-weight: 600; background: #f3f8fc; }
-figure { margin: 0; } figure svg { width: 100%; height: auto; } svg text { font-family: system-ui, sans-serif; }
-pre { background: #f6f6f6; padding: .8rem 1rem; overflow-x: auto; border-radius: 4px; }
-details { margin: .5rem 0; } summary { cursor: pointer; } .wide { overflow-x: auto; }
-"""
 
 
 def write_report(
@@ -86,13 +70,7 @@ def write_report(
         ("Adapter size", "Bytes of the safetensors files.", plots.sizes_figure(loaded)),
     ]
     drawn = [(name, note, plots.as_svg(figure, name)) for name, note, figure in figures]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(_page(title, loaded, drawn, checks or {}), encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    page.write_page(target, _page(title, loaded, drawn, checks or {}))
     write_json(
         target.with_suffix(".json"),
         {"format_version": FORMAT_VERSION, "title": title, "runs": loaded, "checks": checks or {}},
@@ -185,32 +163,10 @@ def _shortest_names(folders: list[str]) -> list[str]:
 
 
 def _page(title: str, runs: list[dict[str, Any]], figures: list[tuple[str, str, str]], checks: dict[str, Any]) -> str:
-    sections = "\n".join(
-        f'<section><h2>{html.escape(name)}</h2><p class="note">{html.escape(note)}</p>'
-        f'<figure aria-label="{html.escape(name)}">{svg}</figure></section>'
-        for name, note, svg in figures
-    )
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy" content="{_POLICY}">
-<link rel="icon" href="data:,">
-<title>{html.escape(title)}</title>
-<style>{_CSS}</style>
-</head>
-<body>
-<h1>{html.escape(title)}</h1>
-<p class="lead">{_verdict(runs)}</p>
-{_table(runs)}
-{_checks(checks)}
-{sections}
-<section><h2>Every layer</h2>{"".join(_layers(run) for run in runs)}</section>
-<section><h2>Settings</h2>{"".join(_settings(run) for run in runs)}</section>
-</body>
-</html>
-"""
+    sections = [page.section(name, page.figure(name, svg), note) for name, note, svg in figures]
+    sections.append(page.section("Every layer", "".join(_layers(run) for run in runs)))
+    sections.append(page.section("Settings", "".join(_settings(run) for run in runs)))
+    return page.page(title, _verdict(runs), "\n".join([_table(runs), _checks(checks), *sections]))
 
 
 def _verdict(runs: list[dict[str, Any]]) -> str:
@@ -219,7 +175,7 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
     scored = [run for run in runs if run["after"] is not None]
     about = f"{first['train_rows']:,} labelled rows, scored on {first['held_out_rows']:,} held-out rows"
     if not scored:
-        return html.escape(f"{about}. The score is undefined: every prediction is the same.")
+        return f"{about}. The score is undefined: every prediction is the same."
     best = max(scored, key=lambda run: run["after"])
     text = f"{about}. "
     if len(scored) > 1:
@@ -231,7 +187,7 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
         text += f"The model started at {first['before']:.4f}. "
     if all(run["before"] is not None and run["after"] < run["before"] for run in scored):
         text += "Training lowered the score: these labels do not support a change. "
-    return html.escape(text + "One seed; another draw of rows can turn a small difference around.")
+    return text + "One seed; another draw of rows can turn a small difference around."
 
 
 def _table(runs: list[dict[str, Any]]) -> str:
@@ -243,63 +199,47 @@ def _table(runs: list[dict[str, Any]]) -> str:
         directions = sum(layer["rank_99"] for layer in run["layers"])
         width = sum(layer["width"] for layer in run["layers"])
         change = None if run["before"] is None or run["after"] is None else run["after"] - run["before"]
-        cells = [
-            run["label"],
-            _number(run["before"], ".4f"),
-            _number(run["after"], ".4f"),
-            _number(change, "+.4f"),
-            f"{directions}",
-            f"{width}",
-            f"{run['trainable_parameters']:,}",
-            f"{run['exported_bytes'] / 1e3:,.0f} kB",
-            _number(None if run["seconds_per_step"] is None else 1000 * run["seconds_per_step"], ".0f"),
-        ]
-        mark = ' class="best"' if run["after"] is not None and run["after"] == best and len(runs) > 1 else ""
-        rows.append(f"<tr{mark}>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>")
-    header = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    return f'<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+        rows.append(
+            [
+                run["label"],
+                number(run["before"], ".4f"),
+                number(run["after"], ".4f"),
+                number(change, "+.4f"),
+                f"{directions}",
+                f"{width}",
+                f"{run['trainable_parameters']:,}",
+                f"{run['exported_bytes'] / 1e3:,.0f} kB",
+                number(None if run["seconds_per_step"] is None else 1000 * run["seconds_per_step"], ".0f"),
+            ]
+        )
+    marked = [i for i, run in enumerate(runs) if run["after"] is not None and run["after"] == best and len(runs) > 1]
+    return page.table(head, rows, marked=marked)
 
 
 def _checks(checks: dict[str, Any]) -> str:
     if not checks:
         return ""
-    rows = "".join(f"<tr><td>{html.escape(str(k))}</td><td>{html.escape(str(v))}</td></tr>" for k, v in checks.items())
-    return f"<section><h2>The exported adapter in plain PEFT</h2><table><tbody>{rows}</tbody></table></section>"
+    table = page.table([], [[str(name), str(value)] for name, value in checks.items()])
+    return page.section("The exported adapter in plain PEFT", table)
 
 
 def _layers(run: dict[str, Any]) -> str:
-    rows = "".join(
-        "<tr>"
-        + "".join(
-            f"<td>{html.escape(cell)}</td>"
-            for cell in (
-                layer["name"],
-                f"{layer['shape'][0]} × {layer['shape'][1]}",
-                str(layer["width"]),
-                str(layer["rank"]),
-                str(layer["rank_99"]),
-                f"{layer['stable_rank']:.2f}",
-                f"{layer['singular_values'][0]:.3g}",
-            )
-        )
-        + "</tr>"
+    head = ["layer", "size", "width", "numerical rank", "99 % energy", "stable rank", "largest σ"]
+    rows = [
+        [
+            layer["name"],
+            f"{layer['shape'][0]} × {layer['shape'][1]}",
+            str(layer["width"]),
+            str(layer["rank"]),
+            str(layer["rank_99"]),
+            f"{layer['stable_rank']:.2f}",
+            f"{layer['singular_values'][0]:.3g}",
+        ]
         for layer in run["layers"]
-    )
-    head = "".join(
-        f'<th scope="col">{name}</th>'
-        for name in ("layer", "size", "width", "numerical rank", "99 % energy", "stable rank", "largest σ")
-    )
-    return (
-        f"<details><summary>{html.escape(run['label'])}: {len(run['layers'])} layers</summary>"
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>'
-    )
+    ]
+    return page.folded(f"{run['label']}: {len(run['layers'])} layers", page.table(head, rows))
 
 
 def _settings(run: dict[str, Any]) -> str:
     content = {"settings": run["settings"], "precision": run["precision"], "environment": run["environment"]}
-    text = html.escape(json.dumps(content, indent=2, ensure_ascii=False))
-    return f"<details><summary>{html.escape(run['label'])}</summary><pre>{text}</pre></details>"
-
-
-def _number(value: float | None, spec: str) -> str:
-    return "undefined" if value is None or not math.isfinite(value) else format(value, spec)
+    return page.folded(run["label"], page.preformatted(json.dumps(content, indent=2, ensure_ascii=False)))

@@ -1,9 +1,10 @@
 """Singular values of every ΔW in a model, from its factors."""
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
+from peft.tuners.adalora import AdaLoraLayer
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
@@ -37,7 +38,7 @@ class LayerSpectrum:
 
 @torch.no_grad()
 def adapter_spectra(model: nn.Module, adapter_name: str = "default") -> list[LayerSpectrum]:
-    """The spectrum of ΔW in every LoRA or Deep LoRA layer, in the model's order, in O(d·r²) a layer.
+    """The spectrum of ΔW in every LoRA, AdaLoRA or Deep LoRA layer, in the model's order, in O(d·r²) a layer.
 
     Raises:
         ValueError: no layer has such an adapter.
@@ -79,6 +80,10 @@ def _pair(module: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor] | None:
     if isinstance(module, DeepLoraLayer) and adapter_name in module.deeplora_left:
         B = module.scaled_left(adapter_name)
         return B, module.factors(adapter_name).right.to(B.dtype)
+    if isinstance(module, AdaLoraLayer) and adapter_name in module.lora_A:
+        containers: Any = (module.lora_B, module.lora_E, module.lora_A, module.scaling, module.ranknum)
+        B, E, A, scaling, ranks_left = (container[adapter_name] for container in containers)
+        return B.float() * (scaling / (float(ranks_left) + 1e-5)), (A * E).float()
     if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
         B, A = (cast(nn.Linear, side[adapter_name]).weight.float() for side in (module.lora_B, module.lora_A))
         return B * module.scaling[adapter_name], A

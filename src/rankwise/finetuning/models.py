@@ -1,7 +1,6 @@
 """Loading tokenizers and pretrained models, with errors that say which file was wanted."""
 
 import os
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from rankwise.adapters import DeepLoraConfig
 from rankwise.errors import UserError
-from rankwise.finetuning.settings import FinetuneSettings
 from rankwise.finetuning.tasks import Task
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
@@ -45,35 +42,6 @@ def load_model(task: Task, source: str, revision: str | None) -> nn.Module:
         return task.load_model(source, revision)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise UserError(_explain(source, error)) from None
-
-
-def adapt(model: nn.Module, task: Task, settings: FinetuneSettings) -> nn.Module:
-    """Wrap the model with the method's PEFT adapter on every linear layer that the loss reaches."""
-    from peft import LoraConfig, PeftConfig, get_peft_model
-
-    common: dict[str, Any] = {
-        "r": settings.r,
-        "target_modules": "all-linear",
-        "exclude_modules": task.modules_left_out(model) or None,
-        "task_type": task.peft_task_type,
-    }
-    config: PeftConfig
-    if settings.method == "lora":
-        # PEFT's standard start (Kaiming A, zero B) with scaling 1
-        config = LoraConfig(lora_alpha=settings.r, **common)
-    else:
-        config = DeepLoraConfig(
-            inner_depth=settings.inner_depth, init_scale=settings.init_scale, variant=settings.variant, **common
-        )
-    try:
-        with warnings.catch_warnings():
-            # PEFT asks transformers by an old name whether gradient checkpointing is on: nothing a user could change
-            warnings.filterwarnings("ignore", category=FutureWarning, message=".*is_gradient_checkpointing.*")
-            return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise UserError(
-            f"cannot adapt this model with --method {settings.method} --rank {settings.r}: {error}"
-        ) from None
 
 
 def text_length(model: nn.Module, wanted: int) -> int:

@@ -5,7 +5,6 @@ import io
 import logging
 import os
 import shutil
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,23 +15,30 @@ import torch
 from peft import PeftModel
 from rich.console import Console
 from torch import nn
-from transformers import TrainingArguments, set_seed
+from transformers import set_seed
 
-from rankwise.adapters import create_deeplora_optimizer, initialize_deeplora_weights, save_as_lora
+from rankwise.adapters import save_as_lora
 from rankwise.adapters.files import replacing_folder
 from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.data import Table, draw, read_table
-from rankwise.finetuning.models import adapt, device, load_model, load_tokenizer, text_length
-from rankwise.finetuning.precision import autocast, choose_precision
+from rankwise.finetuning.methods import adapt, create_optimizer
+from rankwise.finetuning.models import device, load_model, load_tokenizer, text_length
+from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.run_folder import RunFolder, environment
 from rankwise.finetuning.settings import FinetuneSettings
 from rankwise.finetuning.tasks import Task, make_task
-from rankwise.finetuning.trainer import Positions, RunRecorder, TaskTrainer
+from rankwise.finetuning.trainer import RunRecorder
+from rankwise.finetuning.training import (
+    first_batches,
+    make_trainer,
+    place_frames,
+    predict_rows,
+    quiet_trainer,
+    require_finite,
+)
 
 logger = logging.getLogger(__name__)
-
-_EVALUATION_BATCH = 64
 
 
 class Interrupted(RuntimeError):
@@ -105,13 +111,10 @@ def _run(
         soft_wrap=True,
     )
 
-    before = _evaluate(task, model, split.held_out, where, console, "before")
+    before = _evaluate(task, model, split.held_out, console, "before")
     model = adapt(model, task, settings)
-    first_batches = [
-        task.collate(split.train[i * settings.batch_size : (i + 1) * settings.batch_size])
-        for i in range(min(settings.init_batches, -(-len(split.train) // settings.batch_size)))
-    ]
-    on_device = {key: value.to(where) for key, value in first_batches[0].items()}
+    batches = first_batches(task, settings, split.train)
+    on_device = {key: value.to(where) for key, value in batches[0].items()}
     timing: dict[str, float] = {}
     if resumed:
         precision = resumed["precision"]
@@ -123,9 +126,9 @@ def _run(
         folder.create()  # only now: a mistake found earlier leaves nothing behind
         folder.write(folder.config_file, _config(settings, task, table, split, revision, precision, timing))
 
-    optimizer = _optimizer(model, task, settings, first_batches, where, precision, folder, console)
+    optimizer = _optimizer(model, task, settings, batches, precision, folder, console)
     seconds = _train(model, task, settings, split, optimizer, precision, folder, console)
-    after = _evaluate(task, model, split.held_out, where, console, "after")
+    after = _evaluate(task, model, split.held_out, console, "after")
     return _finish(settings, folder, model, task, split, before, after, precision, seconds, console)
 
 
@@ -169,25 +172,14 @@ def _check_training_labels(task: Task, split: _Split) -> None:
         )
 
 
-def _evaluate(
-    task: Task, model: nn.Module, positions: Sequence[int], where: torch.device, console: Console, when: str
-) -> dict[str, Any]:
-    """Predictions and metrics on the held-out rows, in fp32 and eval mode."""
-    was_training = model.training
-    model.eval()
-    order = sorted(positions, key=lambda p: len(task.table.rows[p]["text"]))  # equal lengths together: little padding
-    predictions: dict[int, float] = {}
-    with torch.no_grad(), console.status(f"scoring {len(order)} held-out rows ({when})"):
-        for start in range(0, len(order), _EVALUATION_BATCH):
-            chunk = order[start : start + _EVALUATION_BATCH]
-            batch = {key: value.to(where) for key, value in task.collate(chunk).items()}
-            predictions.update(zip(chunk, task.predict(model, batch).cpu().tolist(), strict=True))
-    model.train(was_training)
-    values = np.array([predictions[p] for p in positions])
-    scores = task.score(values, task.targets[list(positions)])
+def _evaluate(task: Task, model: nn.Module, positions: Sequence[int], console: Console, when: str) -> dict[str, Any]:
+    """Predictions and metrics on the held-out rows."""
+    with console.status(f"scoring {len(positions)} held-out rows ({when})"):
+        predictions = predict_rows(task, model, positions)
+        scores = task.score(predictions, task.targets[list(positions)])
     shown = ", ".join(f"{name} {value:.4f}" for name, value in scores.items() if value is not None)
     console.print(f"{when} training: {shown}", highlight=False, soft_wrap=True)
-    return {"scores": scores, "predictions": values}
+    return {"scores": scores, "predictions": predictions}
 
 
 def _optimizer(
@@ -195,25 +187,13 @@ def _optimizer(
     task: Task,
     settings: FinetuneSettings,
     batches: list[dict[str, Any]],
-    where: torch.device,
     precision: str,
     folder: RunFolder,
     console: Console,
 ) -> torch.optim.Optimizer:
-    fused = where.type in ("cpu", "cuda")
-    if settings.method == "lora":
-        trainable = [p for p in model.parameters() if p.requires_grad]
-        return torch.optim.AdamW(
-            trainable, lr=settings.learning_rate, eps=settings.epsilon, weight_decay=0.0, fused=fused
-        )
-    if folder.last_checkpoint() is None:  # otherwise the checkpoint brings its own factors
-        try:
-            with autocast(where, precision):
-                summary = initialize_deeplora_weights(
-                    model, batches, loss_fn=task.loss, num_batches=len(batches), seed=settings.seed
-                )
-        except ValueError as error:
-            raise UserError(str(error)) from None
+    # a checkpoint brings its own factors
+    if settings.method == "deep-lora" and folder.last_checkpoint() is None:
+        summary = place_frames(model, task, settings, batches, precision)
         logger.info("%s", summary)
         share = "" if np.isnan(summary.captured) else f": {summary.captured:.0%} of the gradient's energy captured"
         console.print(
@@ -221,14 +201,7 @@ def _optimizer(
             highlight=False,
             soft_wrap=True,
         )
-    return create_deeplora_optimizer(
-        model,
-        torch.optim.AdamW,
-        lr=settings.learning_rate,
-        outer_lr_ratio=settings.outer_lr_ratio,
-        eps=settings.epsilon,
-        fused=fused,
-    )
+    return create_optimizer(model, task, settings)
 
 
 def _train(
@@ -246,41 +219,19 @@ def _train(
     folder.forget_steps_after(checkpoint[0] if checkpoint else 0)
     if checkpoint:
         console.print(f"resuming at step {checkpoint[0]} of {settings.steps}", highlight=False, soft_wrap=True)
-    arguments = TrainingArguments(
-        output_dir=str(folder.checkpoints),
-        max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
-        learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
-        max_grad_norm=0.0,
-        logging_steps=1,
-        save_steps=settings.checkpoint_every,
-        save_total_limit=2,
-        seed=settings.seed,
-        data_seed=settings.seed,
-        bf16=precision == "bf16",
-        use_cpu=next(model.parameters()).device.type == "cpu",
-        remove_unused_columns=False,
-        dataloader_pin_memory=False,
-        report_to="none",
-        disable_tqdm=True,
-        log_level="error",
-    )
     recorder = RunRecorder(folder, console, settings.steps)
-    trainer = TaskTrainer(
-        task=task,
-        model=model,
-        args=arguments,
-        train_dataset=Positions(split.train),
-        data_collator=task.collate,
-        optimizers=(optimizer, None),
+    trainer = make_trainer(
+        model,
+        task,
+        settings,
+        split.train,
+        optimizer,
+        precision,
+        output=folder.checkpoints,
+        save_every=settings.checkpoint_every,
         callbacks=[recorder],
     )
-    from transformers.trainer_callback import PrinterCallback
-
-    trainer.remove_callback(PrinterCallback)
-    with recorder.catching_interrupts(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+    with recorder.catching_interrupts(), quiet_trainer():
         try:
             if checkpoint and checkpoint[0] >= settings.steps:  # killed while finishing: Trainer would add a step
                 trainer._load_from_checkpoint(str(checkpoint[1]))
@@ -293,10 +244,7 @@ def _train(
             f"stopped at step {trainer.state.global_step} of {settings.steps}; go on with\n"
             f"  rankwise finetune --resume --out {folder.path}"
         )
-    if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
-        raise UserError(
-            f"training diverged: the adapter holds NaN or infinite numbers; lower --lr (it was {settings.learning_rate:g})"
-        )
+    require_finite(model, settings)
     return _median_step(folder)
 
 

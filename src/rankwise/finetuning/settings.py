@@ -5,16 +5,15 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UserError
+from rankwise.finetuning.methods import METHODS
 
-METHODS = ("deep-lora", "lora")
+HEADS = ("trained", "frozen")
 PRECISIONS = ("auto", "fp32", "bf16")
 VARIANTS = ("compressed", "spectral", "random")
 PRESETS: dict[str, dict[str, Any]] = {
     # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
     "paper": {"lr": 1e-2, "outer_lr_ratio": 1e-2, "adam_eps": 1e-6, "inner_depth": 3, "init_scale": 1e-3, "r": 8},
 }
-_DEFAULT_LR = {"deep-lora": 3e-3, "lora": 1e-3}
-_DEFAULT_EPS = {"deep-lora": 1e-6, "lora": 1e-8}
 
 
 @dataclass(frozen=True)
@@ -26,13 +25,15 @@ class FinetuneSettings:
         data: CSV, TSV, JSONL or Parquet file, or ``hub:NAME``.
         out: run folder to create.
         task: auto, pair-similarity, classification or regression.
-        method: deep-lora or lora.
+        method: one of :data:`rankwise.finetuning.methods.METHODS`.
+        head: trained, or frozen at its start as in the paper; without effect on a task that has none.
+        head_lr: the head's own learning rate, the same for every method.
         shots: labelled rows to train on, drawn by ``seed``; all (less the held-out fifth) unless given.
         eval_data: held-out file; otherwise the rows not drawn, or a fifth.
         eval_limit: at most this many held-out rows.
         text, text_pair, label: column names; guessed unless given.
         r, inner_depth, init_scale, variant: the adapter, see :class:`rankwise.adapters.DeepLoraConfig`.
-        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps. Defaults: deep-lora 3e-3, 1, 1e-6; lora 1e-3, –, 1e-8.
+        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given, γ = 1.
         init_batches: batches averaged for the gradient that places U and V.
         max_length: tokens kept of every text.
         precision: auto measures bf16 autocast against fp32 on this machine and takes it only where it is faster.
@@ -44,6 +45,8 @@ class FinetuneSettings:
     out: str
     task: str = "auto"
     method: str = "deep-lora"
+    head: str = "trained"
+    head_lr: float = 1e-3
     shots: int | None = None
     seed: int = 0
     eval_data: str | None = None
@@ -71,22 +74,23 @@ class FinetuneSettings:
         for name in ("shots", "save_every"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
-        for name in ("lr", "adam_eps", "init_scale"):
+        for name in ("lr", "head_lr", "adam_eps", "init_scale"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, "a positive number", value)
         _require(0 <= self.outer_lr_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
         _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        _require(self.head in HEADS, "head", f"one of {', '.join(HEADS)}", self.head)
         _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
 
     @property
     def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else _DEFAULT_LR[self.method]
+        return self.lr if self.lr is not None else METHODS[self.method].lr
 
     @property
     def epsilon(self) -> float:
-        return self.adam_eps if self.adam_eps is not None else _DEFAULT_EPS[self.method]
+        return self.adam_eps if self.adam_eps is not None else METHODS[self.method].adam_eps
 
     @property
     def checkpoint_every(self) -> int:

@@ -1,9 +1,10 @@
-"""What is trained on and how it is scored: pair similarity on an embedding model, or a head on a classifier."""
+"""What is trained on and how it is scored: pair similarity on an embedding model, a head on a classifier, or text."""
 
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +45,8 @@ class Task(ABC):
         """Mean loss of a batch."""
 
     @abstractmethod
-    def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        """One prediction per row, (B,) scores or class numbers."""
+    def predict(self, model: nn.Module, batch: Batch) -> Tensor | list[str]:
+        """One prediction per row: (B,) scores or class numbers, or B texts."""
 
     @abstractmethod
     def score(self, predictions: Array, targets: Array) -> dict[str, float | None]:
@@ -73,6 +74,29 @@ class Task(ABC):
             return_tensors="pt",
         )
         return dict(encoded)
+
+
+_PART = 8  # rows below which a matrix product on a CPU no longer pays for its call
+
+
+def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor:
+    """``run`` on the batch's tokens, on a CPU in up to four parts of similar length, the rows put back in order.
+
+    A batch padded to its longest text is about half padding. Rows of an encoder do not see each other, so the parts
+    give the same outputs and the same gradient (dropout draws differ); a MiniLM step takes three quarters of the time.
+    Right-padded batches only; a GPU gets the batch whole.
+    """
+    inputs = {key: value for key, value in batch.items() if key != "targets"}
+    mask = inputs.get("attention_mask")
+    if mask is None or mask.device.type != "cpu" or len(mask) < 2 * _PART or not bool(mask[:, 0].all()):
+        return run(inputs)
+    lengths = mask.sum(1)
+    order = lengths.argsort(stable=True)
+    parts = [
+        run({key: value[rows, : int(lengths[rows].max())] for key, value in inputs.items()})
+        for rows in order.tensor_split(min(4, len(mask) // _PART))
+    ]
+    return torch.cat(parts)[order.argsort()]
 
 
 class PairSimilarity(Task):
@@ -122,15 +146,16 @@ class PairSimilarity(Task):
         return batch
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        inputs = {key: value for key, value in batch.items() if key != "targets"}
-        hidden = model(**inputs).last_hidden_state.float()
-        if self.pooling == "cls":
-            pooled = hidden[:, 0]
-        else:
-            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden)
-            pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        pooled = in_parts_of_equal_length(batch, lambda inputs: self._pooled(model, inputs))
         first, second = nn.functional.normalize(pooled, dim=-1).chunk(2)
         return (first * second).sum(-1)
+
+    def _pooled(self, model: nn.Module, inputs: Batch) -> Tensor:
+        hidden = model(**inputs).last_hidden_state.float()
+        if self.pooling == "cls":
+            return hidden[:, 0]
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden)
+        return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return (self.predict(model, batch) - batch["targets"]).square().mean()
@@ -152,7 +177,7 @@ class _HeadTask(Task):
         return batch
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**{key: value for key, value in batch.items() if key != "targets"}).logits.float()
+        return in_parts_of_equal_length(batch, lambda inputs: model(**inputs).logits.float())
 
     def _load(self, source: str, revision: str | None, **head: Any) -> nn.Module:
         from transformers import AutoModelForSequenceClassification
@@ -171,7 +196,11 @@ class _HeadTask(Task):
 
 
 class Classification(_HeadTask):
-    """Cross-entropy on the classes found in the label column."""
+    """Cross-entropy on the classes found in the label column.
+
+    Of two classes the last in the order of ``classes`` is the positive one of ``f1`` ("1" of "0" and "1");
+    ``accuracy_f1`` is the mean of accuracy and ``f1``, GLUE's official figure for MRPC and QQP.
+    """
 
     name = "classification"
     primary_metric = "accuracy"
@@ -208,11 +237,15 @@ class Classification(_HeadTask):
         return self._logits(model, batch).argmax(-1)
 
     def score(self, predictions: Array, targets: Array) -> dict[str, float | None]:
-        return {
-            "accuracy": float(metrics.accuracy_score(targets, predictions)),
+        found: dict[str, float | None] = {
+            "accuracy": (accuracy := float(metrics.accuracy_score(targets, predictions))),
             "f1_macro": float(metrics.f1_score(targets, predictions, average="macro", zero_division=0)),
             "matthews": float(metrics.matthews_corrcoef(targets, predictions)),
         }
+        if len(self.classes) == 2:
+            f1 = float(metrics.f1_score(np.asarray(targets) == 1, np.asarray(predictions) == 1, zero_division=0))
+            found |= {"f1": f1, "accuracy_f1": (accuracy + f1) / 2}
+        return found
 
 
 class Regression(_HeadTask):
@@ -246,14 +279,108 @@ class Regression(_HeadTask):
         return {**_correlations(predictions, targets), "rmse": error}
 
 
-TASKS: dict[str, type[Task]] = {task.name: task for task in (PairSimilarity, Classification, Regression)}
+class Generation(Task):
+    """Text from text with an encoder-decoder model (T5, BART); the label is the text, or a list of texts that all do.
+
+    Trained on the first text of a list, by the model's own cross-entropy over the target's tokens. Predicted greedily
+    (``beams`` = 1) or by beam search, at most ``max_length`` tokens. Scored against all texts of a list:
+
+    - ``bleu``: sacrebleu's corpus BLEU (13a tokens, exponential smoothing) **divided by 100**, so that like every
+      metric here it lies in [0, 1]; the E2E challenge's own script tokenizes otherwise and gives other figures;
+    - ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F-measures of the rouge-score package without stemming, of the
+      best reference, mean over rows. It knows Latin letters and digits only. ``rougeLsum`` takes a line for a sentence;
+    - ``meteor`` only where NLTK finds WordNet on this machine (never downloaded): NLTK's, of the best reference, mean
+      over rows.
+
+    Raises:
+        UserError: sacrebleu or rouge-score is missing, or a label is no text.
+    """
+
+    name = "generation"
+    primary_metric = "bleu"
+    peft_task_type = "SEQ_2_SEQ_LM"
+
+    def __init__(self, table: Table, tokenizer: Any, max_length: int, *, beams: int = 1):
+        if beams < 1:
+            raise UserError(f"beams must be at least 1, got {beams}")
+        _require_text_metrics()  # now, and not after hours of training
+        super().__init__(table, tokenizer, max_length)
+        self.beams = beams
+
+    def _targets(self) -> Array:
+        targets = np.empty(len(self.table.rows), dtype=object)
+        for index, row in enumerate(self.table.rows):
+            targets[index] = _references(row["label"])
+            if not targets[index] or not all(text.strip() for text in targets[index]):
+                raise UserError(
+                    f"column {self.table.columns.label!r} of {self.table.source} must hold the text to generate, or a "
+                    f"list of such texts; row {row['row']} has {row['label']!r}"
+                )
+        return targets
+
+    def describe(self) -> dict[str, Any]:
+        return {"references": sum(len(texts) for texts in self.targets), "beams": self.beams}
+
+    def load_model(self, source: str, revision: str | None) -> nn.Module:
+        from transformers import AutoConfig, AutoModelForSeq2SeqLM
+
+        config = AutoConfig.from_pretrained(source, revision=revision)
+        if not config.is_encoder_decoder:
+            raise UserError(
+                f"generation needs an encoder-decoder model such as T5 or BART, this is {config.model_type}"
+            )
+        return AutoModelForSeq2SeqLM.from_pretrained(
+            source, revision=revision, use_safetensors=True, dtype=torch.float32
+        )
+
+    def collate(self, positions: Sequence[int]) -> Batch:
+        """``input_ids``, ``attention_mask`` (B, tokens) and ``labels`` (B, target tokens), padded with −100."""
+        rows = [self.table.rows[position] for position in positions]
+        pairs = [row["text_pair"] for row in rows] if self.table.columns.text_pair else None
+        tokens = self._tokens([row["text"] for row in rows], pairs)
+        batch = {key: tokens[key] for key in ("input_ids", "attention_mask")}  # T5 takes no token types
+        wanted = self.tokenizer(
+            text_target=[self.targets[position][0] for position in positions],
+            padding=True,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
+        )
+        # by the mask: in some tokenizers padding is the end token, which must be learnt
+        batch["labels"] = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
+        return batch
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        return model(**batch).loss
+
+    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
+        generator: Any = model
+        tokens = generator.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            max_new_tokens=self.max_length,
+            num_beams=self.beams,
+            do_sample=False,
+        )
+        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+
+    def score(self, predictions: Array, targets: Array) -> dict[str, float | None]:
+        """Metrics of texts against a text or a sequence of texts each."""
+        texts = [str(text) for text in predictions]
+        references = [_references(target) for target in targets]
+        if len(texts) != len(references):
+            raise ValueError(f"{len(texts)} predictions for {len(references)} targets")
+        return {"bleu": _bleu(texts, references), **_rouge(texts, references), **_meteor(texts, references)}
+
+
+TASKS: dict[str, type[Task]] = {task.name: task for task in (PairSimilarity, Classification, Regression, Generation)}
 
 
 def make_task(name: str, table: Table, tokenizer: Any, *, source: str, max_length: int) -> Task:
     """The task called ``name``, or for ``auto`` the one the columns and the model suggest.
 
     Two texts with many-valued numbers on an embedding model are pair similarity; other many-valued numbers are
-    regression; everything else is classification.
+    regression; everything else is classification. Generation has to be asked for.
     """
     if name == "auto":
         name = _guess(table, source)
@@ -305,3 +432,64 @@ def _correlations(predictions: Array, targets: Array) -> dict[str, float | None]
         "pearson": float(stats.pearsonr(predictions, targets).statistic),
     }
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
+
+
+_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+
+
+def _references(label: Any) -> tuple[str, ...]:
+    """The texts of a label: a tuple, so that labels can be compared and counted."""
+    label = label.tolist() if isinstance(label, np.ndarray) else label
+    texts = label if isinstance(label, list | tuple) else [label]
+    return tuple("" if text is None else str(_plain(text)) for text in texts)
+
+
+def _require_text_metrics() -> None:
+    try:
+        import rouge_score.rouge_scorer  # noqa: F401
+        import sacrebleu  # noqa: F401
+    except ImportError as error:
+        raise UserError(
+            f"scoring generated text needs more packages ({error.name} is missing): pip install 'rankwise[generation]'"
+        ) from None
+
+
+def _bleu(texts: list[str], references: list[tuple[str, ...]]) -> float | None:
+    import sacrebleu
+
+    if not texts:
+        return None
+    # sacrebleu wants the first references of all rows, then the second ...; None where a row has no more
+    by_rank = [list(stream) for stream in zip_longest(*references)]
+    score = sacrebleu.corpus_bleu(texts, by_rank, force=True).score  # force: no advice on tokenized text in the log
+    return min(float(score) / 100, 1.0)  # a perfect score comes as 100.00000000000004
+
+
+def _rouge(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float | None]:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    if not texts:
+        return dict.fromkeys(_ROUGE)
+    scorer = RougeScorer(list(_ROUGE))
+    rows = [scorer.score_multi(list(known), text) for text, known in zip(texts, references, strict=True)]
+    return {name: float(np.mean([row[name].fmeasure for row in rows])) for name in _ROUGE}
+
+
+def _meteor(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float | None]:
+    """Empty where WordNet is not on the machine."""
+    try:
+        from nltk.corpus import wordnet
+        from nltk.tokenize import NLTKWordTokenizer
+        from nltk.translate.meteor_score import meteor_score
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        return {}
+    if not texts:
+        return {"meteor": None}
+    words = NLTKWordTokenizer().tokenize  # word_tokenize would look for a sentence model
+    rows = [
+        meteor_score([words(known) for known in several], words(text), wordnet=wordnet)
+        for text, several in zip(texts, references, strict=True)
+    ]
+    return {"meteor": float(np.mean(rows))}

@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from rankwise.finetuning import methods
 from rankwise.finetuning.run_folder import RunFolder
+from rankwise.finetuning.settings import FinetuneSettings
 from rankwise.finetuning.tasks import Task
 
 
@@ -33,17 +35,20 @@ class Positions(Dataset[int]):
 
 
 class TaskTrainer(Trainer):
-    """Trainer whose loss is the task's."""
+    """Trainer whose loss is the task's, and the method's penalty if it has one."""
 
-    def __init__(self, *, task: Task, **kwargs: Any):
+    def __init__(self, *, task: Task, settings: FinetuneSettings, **kwargs: Any):
         super().__init__(**kwargs)
-        self.task = task
+        self.task, self.settings = task, settings
         self.model_accepts_loss_kwargs = False
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
         loss = self.task.loss(model, inputs)
+        extra = methods.penalty(model, self.settings)
+        if extra is not None:
+            loss = loss + extra
         return (loss, {}) if return_outputs else loss
 
 
