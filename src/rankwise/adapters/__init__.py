@@ -22,6 +22,7 @@ from rankwise.adapters.initialization import (
 from rankwise.adapters.layer import DeepLoraLayer, DeepLoraLinear
 from rankwise.adapters.optimizer import create_deeplora_optimizer, deeplora_param_groups
 from rankwise.adapters.registration import DeepLoraPeftType, register_with_peft
+from rankwise.adapters.tangent import RidgeFit, RidgeSummary, solve_deeplora_weights
 from rankwise.adapters.tuner import DeepLoraModel
 
 register_with_peft(DeepLoraConfig, DeepLoraModel)
@@ -36,10 +37,13 @@ __all__ = [
     "InitializationSummary",
     "LayerExport",
     "LayerInitialization",
+    "RidgeFit",
+    "RidgeSummary",
     "create_deeplora_optimizer",
     "deeplora_param_groups",
     "export_adapter_folder",
     "initialize_deeplora_weights",
     "save_as_lora",
     "save_subspaces",
+    "solve_deeplora_weights",
 ]

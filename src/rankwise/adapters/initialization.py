@@ -109,7 +109,7 @@ def initialize_deeplora_weights(
         (['0'], True)
     """
     start = time.perf_counter()
-    layers = _layers_with(model, adapter_name)
+    layers = layers_with(model, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     if subspaces is not None:
         _load_subspaces(layers, adapter_name, Path(subspaces))
@@ -143,7 +143,7 @@ def save_subspaces(model: nn.Module, path: str | os.PathLike[str], *, adapter_na
     Call it right after initialization: training moves the frames.
     """
     tensors = {}
-    for name, layer in _layers_with(model, adapter_name).items():
+    for name, layer in layers_with(model, adapter_name).items():
         left, _, right = layer.factors(adapter_name)
         tensors[f"{name}.left"], tensors[f"{name}.right"] = left.detach(), right.detach().mT
     save_tensors(tensors, Path(path), kind="deeplora-subspaces")
@@ -182,7 +182,7 @@ def _frames_from_gradient(
     with unadapted(model, layers):
         for number, batch in enumerate(batches, start=1):
             is_last = number == len(batches)
-            on_device = _to_device(batch, next(model.parameters()).device)
+            on_device = to_device(batch, next(model.parameters()).device)
             total += capture.run(partial(_loss, model, on_device, loss_fn))
         for name in list(running):  # reached by an earlier batch, not by the last
             found[name] = _frames(running[name], layers[name].r[adapter_name], variant, generator)
@@ -232,7 +232,8 @@ def _names(names: list[str]) -> str:
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _layers_with(model: nn.Module, adapter_name: str) -> dict[str, DeepLoraLayer]:
+def layers_with(model: nn.Module, adapter_name: str) -> dict[str, DeepLoraLayer]:
+    """Name in the base model → layer, of all layers with this adapter; an error if there are none or it is merged."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, DeepLoraLayer)}
     here = {name: layer for name, layer in layers.items() if adapter_name in layer.deeplora_left}
     if not layers:
@@ -284,13 +285,14 @@ def _loss(model: nn.Module, batch: Any, loss_fn: Loss | None) -> Tensor:
     return loss
 
 
-def _to_device(batch: Any, device: torch.device) -> Any:
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch's tensors on the device, detached."""
     if isinstance(batch, Tensor):
         return batch.detach().to(device)  # a batch is data: no gradient may reach it
     if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
+        return {key: to_device(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):
-        return type(batch)(_to_device(value, device) for value in batch)
+        return type(batch)(to_device(value, device) for value in batch)
     return batch
 
 

@@ -141,6 +141,28 @@ class DeepLoraLayer(BaseTunerLayer):
         factors.right.copy_(right.mT)
         factors.inner.copy_(identity_factors(depth, r, self.init_scale[adapter_name]))
 
+    @torch.no_grad()
+    def set_update(
+        self,
+        adapter_name: str,
+        left: Float[Tensor, "m k"],
+        singular_values: Float[Tensor, " k"],
+        right: Float[Tensor, "n k"],
+    ) -> None:
+        """Make ΔW = left·diag(singular_values)·rightᵀ, for orthonormal sides of k ≤ r columns.
+
+        Every inner factor gets the L-th root of the core ε^L·I + diag(singular_values): balanced, as gradient flow from
+        a small start would leave them.
+        """
+        depth, r = self.inner_depth[adapter_name], self.r[adapter_name]
+        factors = self.factors(adapter_name)
+        start = self.init_scale[adapter_name]
+        core = torch.full((r,), start**depth, dtype=compute_dtype(factors.inner.dtype))
+        core[: len(singular_values)] += singular_values.to(core)
+        factors.left[:, : left.shape[1]].copy_(left)
+        factors.right[: right.shape[1]].copy_(right.mT)
+        factors.inner.copy_(torch.diag(core ** (1 / depth)).expand(depth, r, r))
+
     def factors(self, adapter_name: str) -> Factors:
         """The current parameters. Look them up each time: PEFT's dtype casts and loaders replace them."""
         containers = (self.deeplora_left, self.deeplora_inner, self.deeplora_right)

@@ -191,6 +191,6 @@ def _numbers(text: str | None) -> tuple[int, ...] | None:
 
 def _shard(text: str) -> tuple[int, int]:
     number, slash, of = text.partition("/")
-    if not (slash and number.isdigit() and of.isdigit()):
+    if not (slash and number.isdecimal() and of.isdecimal()):
         raise UserError(f"--shard takes I/N such as 1/4, got {text!r}")
     return int(number), int(of)

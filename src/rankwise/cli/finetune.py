@@ -61,6 +61,13 @@ def finetune(
     variant: Annotated[
         str, typer.Option(help="compressed, spectral or random frames.", rich_help_panel=_ADAPTER)
     ] = "compressed",
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="train (optimizer steps), ridge (closed form, for pair similarity on few rows), or auto.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = "auto",
     preset: Annotated[
         str | None,
         typer.Option(help="paper: the ICML 2024 settings (lr 1e-2, outer-lr-ratio 1e-2).", rich_help_panel=_ADAPTER),
@@ -118,6 +125,8 @@ def finetune(
         raise UserError(f"--preset {preset} holds Deep LoRA's settings; it does not go with --method {method}")
     values = {**settings_module.PRESETS.get(preset or "", {}), **{k: v for k, v in chosen.items() if v is not None}}
     values["r"] = r
+    if solver != "auto":
+        values["solver"] = solver
     settings = settings_module.FinetuneSettings(
         model=model,
         data=data,

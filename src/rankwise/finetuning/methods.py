@@ -158,6 +158,8 @@ def _lora(**options: Any) -> Callable[["FinetuneSettings", dict[str, Any]], "Pef
 def _adalora(settings: "FinetuneSettings", common: dict[str, Any]) -> "PeftConfig":
     from peft import AdaLoraConfig
 
+    if settings.steps < 2:
+        raise ValueError("AdaLoRA ranks its directions by what earlier steps did; give it at least 2 steps")
     start = max(settings.r + 1, round(1.5 * settings.r))
     return AdaLoraConfig(
         target_r=settings.r,
@@ -190,8 +192,7 @@ def _deep_lora_optimizer(model: nn.Module, settings: "FinetuneSettings", adam: d
 def _lora_plus(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
     from peft.optimizers import create_loraplus_optimizer
 
-    options = {key: value for key, value in adam.items() if key != "weight_decay"}
-    return create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=LORA_PLUS_RATIO, **options)
+    return create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=LORA_PLUS_RATIO, **adam)
 
 
 def _riemannian(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:

@@ -61,11 +61,14 @@ class RunFolder:
 
     def append_metrics(self, **entry: Any) -> None:
         """One JSON object a line, flushed: a killed run keeps what it measured."""
-        is_new = not self.metrics_file.is_file()
+        self.start_metrics()
         with self.metrics_file.open("a", encoding="utf-8") as file:
-            if is_new:
-                file.write(json.dumps({"format_version": FORMAT_VERSION}) + "\n")
             file.write(json.dumps(entry, allow_nan=False) + "\n")
+
+    def start_metrics(self) -> None:
+        """The file with its header alone, unless it is there: a run that solves instead of training measures no steps."""
+        if not self.metrics_file.is_file():
+            self.metrics_file.write_text(json.dumps({"format_version": FORMAT_VERSION}) + "\n", encoding="utf-8")
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """All measured entries; the header and a last line cut short by a kill are left out."""

@@ -36,6 +36,8 @@ from rankwise.finetuning.training import (
     predict_rows,
     quiet_trainer,
     require_finite,
+    solve,
+    solver_of,
 )
 
 logger = logging.getLogger(__name__)
@@ -111,6 +113,7 @@ def _run(
         soft_wrap=True,
     )
 
+    solver = solver_of(task, settings, len(split.train))
     before = _evaluate(task, model, split.held_out, console, "before")
     model = adapt(model, task, settings)
     batches = first_batches(task, settings, split.train)
@@ -126,10 +129,41 @@ def _run(
         folder.create()  # only now: a mistake found earlier leaves nothing behind
         folder.write(folder.config_file, _config(settings, task, table, split, revision, precision, timing))
 
-    optimizer = _optimizer(model, task, settings, batches, precision, folder, console)
-    seconds = _train(model, task, settings, split, optimizer, precision, folder, console)
+    how: dict[str, Any] = {"solver": solver}
+    if solver == "ridge":
+        folder.start_metrics()
+        how |= _solve(model, task, settings, split, precision, console)
+    else:
+        optimizer = _optimizer(model, task, settings, batches, precision, folder, console)
+        how |= {
+            "steps": settings.steps,
+            "seconds_per_step": _train(model, task, settings, split, optimizer, precision, folder, console),
+        }
     after = _evaluate(task, model, split.held_out, console, "after")
-    return _finish(settings, folder, model, task, split, before, after, precision, seconds, console)
+    return _finish(settings, folder, model, task, split, before, after, precision, how, console)
+
+
+def _solve(
+    model: nn.Module, task: Task, settings: FinetuneSettings, split: _Split, precision: str, console: Console
+) -> dict[str, Any]:
+    with console.status(f"solving for the adapter on {len(split.train)} labelled rows"):
+        summary = solve(model, task, settings, split.train, precision)
+    console.print(str(summary), highlight=False, soft_wrap=True)
+    fit = summary.fit
+    return {
+        "steps": 0,
+        "seconds_per_step": None,
+        "ridge": {
+            "penalty": None if fit.abstains else fit.penalty,
+            "abstains": fit.abstains,
+            "leave_one_out_error": fit.error,
+            "leave_one_out_error_without_change": fit.reference,
+            "scale": fit.scale,
+            "offset": fit.offset,
+            "captured": None if fit.abstains else summary.captured,
+            "seconds": summary.seconds,
+        },
+    }
 
 
 def _read_tables(settings: FinetuneSettings) -> tuple[Table, int]:
@@ -261,7 +295,7 @@ def _finish(
     before: dict[str, Any],
     after: dict[str, Any],
     precision: str,
-    seconds: float,
+    how: dict[str, Any],
     console: Console,
 ) -> dict[str, Any]:
     if not isinstance(model, PeftModel):
@@ -283,10 +317,9 @@ def _finish(
         "primary_metric": task.primary_metric,
         "train_rows": len(split.train),
         "held_out_rows": len(split.held_out),
-        "steps": settings.steps,
+        **how,
         "precision": precision,
         "scores": {"before": before["scores"], "after": after["scores"]},
-        "seconds_per_step": seconds,
         "trainable_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "adapter_bytes": _folder_bytes(folder.adapter),
         "exported_bytes": _folder_bytes(exported),
@@ -303,9 +336,11 @@ def _summary_line(result: dict[str, Any]) -> str:
     was, now = (result["scores"][when][metric] for when in ("before", "after"))
     shown = " -> ".join("undefined" if value is None else f"{value:.4f}" for value in (was, now))
     ranks = [layer["rank"] for layer in result["layers"]]
+    solved = result["solver"] == "ridge"
+    cost = f"solved in {result['ridge']['seconds']:.1f} s" if solved else f"{result['seconds_per_step']:.2f} s a step"
     return (
         f"{result['method']}: {metric} {shown}, ranks {min(ranks)} to {max(ranks)} (sum {sum(ranks)}), "
-        f"{result['exported_bytes']:,} bytes, {result['seconds_per_step']:.2f} s a step"
+        f"{result['exported_bytes']:,} bytes, {cost}"
     )
 
 

@@ -9,10 +9,20 @@ from rankwise.finetuning.methods import METHODS
 
 HEADS = ("trained", "frozen")
 PRECISIONS = ("auto", "fp32", "bf16")
+SOLVERS = ("auto", "ridge", "train")
+RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
 VARIANTS = ("compressed", "spectral", "random")
 PRESETS: dict[str, dict[str, Any]] = {
     # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
-    "paper": {"lr": 1e-2, "outer_lr_ratio": 1e-2, "adam_eps": 1e-6, "inner_depth": 3, "init_scale": 1e-3, "r": 8},
+    "paper": {
+        "solver": "train",
+        "lr": 1e-2,
+        "outer_lr_ratio": 1e-2,
+        "adam_eps": 1e-6,
+        "inner_depth": 3,
+        "init_scale": 1e-3,
+        "r": 8,
+    },
 }
 
 
@@ -33,6 +43,9 @@ class FinetuneSettings:
         eval_limit: at most this many held-out rows.
         text, text_pair, label: column names; guessed unless given.
         r, inner_depth, init_scale, variant: the adapter, see :class:`rankwise.adapters.DeepLoraConfig`.
+        solver: how Deep LoRA finds its factors: ``train`` (the paper's: first gradient, then optimizer steps), ``ridge``
+            (closed form, see :mod:`rankwise.adapters.tangent`; ``steps`` and ``lr`` then count for nothing), or
+            ``auto``: ridge where the task's output is one number without a head and there are at most 256 rows.
         lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given, γ = 1.
         init_batches: batches averaged for the gradient that places U and V.
         max_length: tokens kept of every text.
@@ -58,6 +71,7 @@ class FinetuneSettings:
     inner_depth: int = 3
     init_scale: float = 1e-3
     variant: str = "compressed"
+    solver: str = "auto"
     lr: float | None = None
     outer_lr_ratio: float = 1.0
     adam_eps: float | None = None
@@ -82,6 +96,7 @@ class FinetuneSettings:
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.head in HEADS, "head", f"one of {', '.join(HEADS)}", self.head)
         _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
+        _require(self.solver in SOLVERS, "solver", f"one of {', '.join(SOLVERS)}", self.solver)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
 
     @property
@@ -118,5 +133,5 @@ class FinetuneSettings:
 
 def _require(holds: bool, name: str, expected: str, got: object) -> None:
     if not holds:
-        option = "--" + name.replace("_", "-")
+        option = "--rank" if name == "r" else "--" + name.replace("_", "-")
         raise UserError(f"{option} must be {expected}, got {got}")

@@ -27,6 +27,9 @@ class Task(ABC):
     name: str
     primary_metric: str
     peft_task_type: str | None
+    ridge_fits: bool = False
+    """Whether ``predict`` gives one differentiable number a row that the pretrained model has already learned to give:
+    what a closed-form fit needs. A head at its random start has not."""
 
     def __init__(self, table: Table, tokenizer: Any, max_length: int):
         self.table, self.tokenizer, self.max_length = table, tokenizer, max_length
@@ -109,6 +112,7 @@ class PairSimilarity(Task):
     name = "pair-similarity"
     primary_metric = "spearman"
     peft_task_type = "FEATURE_EXTRACTION"
+    ridge_fits = True
 
     def _targets(self) -> Array:
         if self.table.columns.text_pair is None:

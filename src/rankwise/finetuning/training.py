@@ -1,10 +1,10 @@
 """The training loop that `finetune` and `compare` share: transformers' Trainer with a task's loss."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,11 +12,16 @@ from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
-from rankwise.adapters import InitializationSummary, initialize_deeplora_weights
+from rankwise.adapters import (
+    InitializationSummary,
+    RidgeSummary,
+    initialize_deeplora_weights,
+    solve_deeplora_weights,
+)
 from rankwise.errors import UserError
 from rankwise.finetuning import methods
 from rankwise.finetuning.precision import autocast
-from rankwise.finetuning.settings import FinetuneSettings
+from rankwise.finetuning.settings import RIDGE_ROWS, FinetuneSettings
 from rankwise.finetuning.tasks import Batch, Task
 from rankwise.finetuning.trainer import Positions, TaskTrainer
 
@@ -43,6 +48,47 @@ def place_frames(
         with autocast(where, precision):
             return initialize_deeplora_weights(
                 model, batches, loss_fn=task.loss, num_batches=len(batches), seed=settings.seed
+            )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def solver_of(task: Task, settings: FinetuneSettings, rows: int) -> str:
+    """``ridge`` or ``train``.
+
+    Raises:
+        UserError: ridge asked for where it does not fit.
+    """
+    if settings.method != "deep-lora":
+        return "train"
+    if settings.solver == "auto":
+        return "ridge" if task.ridge_fits and 3 <= rows <= RIDGE_ROWS else "train"
+    if settings.solver == "ridge" and not task.ridge_fits:
+        raise UserError(
+            f"--solver ridge needs an output that the pretrained model already gives; {task.name} has a head that starts "
+            "at random. Use --solver train"
+        )
+    return settings.solver
+
+
+def solve(
+    model: nn.Module, task: Task, settings: FinetuneSettings, positions: Sequence[int], precision: str
+) -> RidgeSummary:
+    """Deep LoRA's factors in closed form from these rows.
+
+    Raises:
+        UserError: too few rows, or outputs that are not finite.
+    """
+    where = next(model.parameters()).device
+    targets = torch.as_tensor(task.targets[list(positions)], dtype=torch.float64)
+    try:
+        with autocast(where, precision):
+            return solve_deeplora_weights(
+                model,
+                (task.collate([p]) for p in positions),
+                targets,
+                outputs_fn=cast(Callable[[nn.Module, Batch], torch.Tensor], task.predict),
+                seed=settings.seed,
             )
     except ValueError as error:
         raise UserError(str(error)) from None

@@ -90,4 +90,6 @@ def study_settings(out: str, rules: dict[str, Any], preset: str | None = None) -
             f"{' and '.join(missing)} missing; for example:\n"
             f"  rankwise compare --model ./my-model --task pairs.csv --out {out}"
         )
+    if "fixed" not in rules:  # a preset's or an older study's names its own methods, which may not be asked for now
+        values["fixed"] = tuple(label for label in values.get("fixed", ()) if label in values.get("methods", ()))
     return StudySettings(**values)

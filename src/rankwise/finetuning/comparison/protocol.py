@@ -6,11 +6,15 @@ from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.finetuning.methods import METHODS, learning_rate_grid
-from rankwise.finetuning.settings import HEADS, PRECISIONS, PRESETS, VARIANTS, FinetuneSettings
+from rankwise.finetuning.settings import HEADS, PRECISIONS, PRESETS, SOLVERS, VARIANTS, FinetuneSettings
 
 SPLITS = ("evaluation", "tuning")
 DRAWS = ("without-replacement", "with-replacement")
 _FIRST_TUNING_SEED = 1_000_000  # tuning draws never coincide with a trial's
+_SHARED = (  # settings that every run of a study has in common, whatever its method
+    "model", "data", "out", "task", "method", "shots", "seed", "steps", "batch_size", "max_length", "precision",
+    "save_every", "eval_data", "eval_limit", "text", "text_pair", "label",
+)  # fmt: skip
 _GROWING = ("tasks", "methods", "shots", "seeds")  # a study may be extended by these, and by nothing else
 
 
@@ -32,7 +36,7 @@ class MethodSpec:
     def parse(cls, label: str) -> "MethodSpec":
         """Read a method with its options.
 
-        Options stand after a colon, joined by ``+``: a preset's name, a frame variant's name, or ``field=value``.
+        Options stand after a colon, joined by ``+``: a preset's name, a frame variant's or solver's name, or ``field=value``.
 
         Raises:
             UserError: unknown method, option, field or value.
@@ -42,11 +46,11 @@ class MethodSpec:
             >>> MethodSpec.parse("deep-lora:spectral+inner_depth=1").overrides
             {'variant': 'spectral', 'inner_depth': 1}
         """
-        method, _, options = label.partition(":")
+        method, colon, options = label.partition(":")
         if method not in METHODS:
             raise UserError(f"unknown method {method!r}; expected one of {', '.join(METHODS)}")
         overrides: dict[str, Any] = {}
-        for option in options.split("+") if options else []:
+        for option in options.split("+") if colon else []:
             name, equals, value = option.partition("=")
             if equals:
                 overrides[name] = _typed(label, name, value)
@@ -54,8 +58,10 @@ class MethodSpec:
                 overrides |= PRESETS[name]
             elif name in VARIANTS:
                 overrides["variant"] = name
+            elif name in SOLVERS:
+                overrides["solver"] = name
             else:
-                known = ", ".join([*PRESETS, *VARIANTS, "field=value"])
+                known = ", ".join([*PRESETS, *VARIANTS, *SOLVERS, "field=value"])
                 raise UserError(f"unknown option {name!r} in method {label!r}; expected {known}")
         return cls(label, method, overrides)
 
@@ -136,14 +142,16 @@ class StudySettings:
 
     def __post_init__(self) -> None:
         for name in ("tasks", "methods", "shots"):
-            values = getattr(self, name)
+            values, option = getattr(self, name), "--task" if name == "tasks" else f"--{name}"
             if not values:
-                raise UserError(f"--{name} is empty; give at least one")
+                raise UserError(f"{option} is empty; give at least one")
             twice = sorted({str(v) for v in values if list(values).count(v) > 1})
             if twice:
-                raise UserError(f"--{name} has {', '.join(twice)} more than once")
+                raise UserError(f"{option} has {', '.join(twice)} more than once")
         for name in ("seeds", "budget", "tune_shots", "tune_seeds", "eval_limit", "tune_limit"):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
+        if self.max_eval_tokens is not None:
+            _require(self.max_eval_tokens >= 1, "max_eval_tokens", "at least 1", self.max_eval_tokens)
         for shots in self.shots:
             _require(shots >= 1, "shots", "at least 1", shots)
         for name, known in (("split", SPLITS), ("draw", DRAWS), ("head", HEADS), ("precision", PRECISIONS)):
@@ -273,9 +281,8 @@ def units(study: StudySettings, shard: tuple[int, int] = (1, 1)) -> list[tuple[s
 
 def _typed(label: str, name: str, value: str) -> Any:
     """The text after ``name=`` as the setting's type."""
-    kinds = {f.name: str(f.type) for f in fields(FinetuneSettings)}
-    refused = {"model", "data", "out", "method", "shots", "seed", "steps", "batch_size", "task"}
-    if name not in kinds or name in refused:
+    kinds = {f.name: f.type.__name__ if isinstance(f.type, type) else str(f.type) for f in fields(FinetuneSettings)}
+    if name not in kinds or name in _SHARED:
         raise UserError(f"method {label!r} sets {name!r}, which is no setting of an adapter or its optimizer")
     kind = kinds[name]
     try:

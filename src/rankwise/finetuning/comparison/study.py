@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterable, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,7 +132,10 @@ def compare(
         rates = _rates(folder, settings, mine, console)
         _work_off(folder, settings, confirm_runs(settings, rates), execution, console, "trials")
     except KeyboardInterrupt:
-        console.print(f"stopped; {len(folder.rows())} runs are kept in {folder.rows_file}. The same command goes on")
+        console.print(
+            f"stopped; {len(folder.rows())} runs are kept in {folder.rows_file}. The same command goes on",
+            highlight=False, markup=False, soft_wrap=True,
+        )  # fmt: skip
         raise
     return summarize_study(settings.out, console)
 
@@ -173,10 +176,11 @@ def merge(
         settings = settings.extended_by(other.read_settings())
     target = StudyFolder(Path(out))
     settings = _opened(target, replace(settings, out=str(out)), plan=False)
-    have = {row["key"] for row in target.rows() if row.get("status") == "ok"}
+    there = target.rows()
+    have = {row["key"] for row in there if row.get("status") == "ok"}
     for folder in folders:
         for row in folder.rows():
-            if row["key"] not in have:
+            if row["key"] not in have and row not in there:  # the latter: failed rows of an earlier merge
                 target.append(row)
                 if row.get("status") == "ok":
                     have.add(row["key"])
@@ -204,8 +208,10 @@ def _opened(folder: StudyFolder, wanted: StudySettings, *, plan: bool = True) ->
         for name in settings.tasks:
             named, task, _ = load_task(settings, name)
             pool = split_rows(named, settings, task).pool
-            for shots in {*settings.shots, settings.tune_shots}:
+            for shots in settings.shots:
                 training_rows(pool, shots, 0, settings.draw)
+            if any(tuning_runs(settings, name, label) for label in settings.methods):
+                training_rows(pool, settings.tune_shots, 0, settings.draw, option="--tune-shots")
         if settings.precision == "auto":
             settings = replace(settings, precision=_measured_precision(settings))
     try:
@@ -218,7 +224,7 @@ def _opened(folder: StudyFolder, wanted: StudySettings, *, plan: bool = True) ->
 
 def _measured_precision(settings: StudySettings) -> str:
     from rankwise.finetuning.methods import adapt
-    from rankwise.finetuning.models import device, load_model
+    from rankwise.finetuning.models import device, load_model, text_length
     from rankwise.finetuning.precision import choose_precision
 
     _, task, revision = load_task(settings, settings.tasks[0])
@@ -228,7 +234,9 @@ def _measured_precision(settings: StudySettings) -> str:
         task,
         replace(settings, methods=("lora",), fixed=()).run_settings(run),
     )
-    batch = {k: v.to(device()) for k, v in task.collate(list(range(settings.batch_size))).items()}
+    task.max_length = text_length(model, settings.max_length)
+    rows = range(min(settings.batch_size, len(task.table.rows)))
+    batch = {k: v.to(device()) for k, v in task.collate(list(rows)).items()}
     return choose_precision(task, model, batch, device())[0]
 
 
@@ -242,7 +250,10 @@ def _rates(
         grid = settings.grid(label)
         rate = grid[0] if len(grid) == 1 else chosen_learning_rate(rows, task, label).lr
         if rate is None:
-            console.print(f"{label} failed at every learning rate on {task}: left out", highlight=False)
+            console.print(
+                f"{label} failed at every learning rate on {task}: left out",
+                highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
         else:
             rates[task, label] = rate
     return rates
@@ -298,17 +309,16 @@ def _parallel(execution: Execution):  # type: ignore[no-untyped-def]
         from distributed import Client, LocalCluster
     except ImportError:
         raise UserError("--backend dask needs one more package: pip install 'rankwise[cluster]'") from None
-    try:
-        if execution.scheduler is None:
-            with (
-                LocalCluster(n_workers=execution.jobs, threads_per_worker=1, dashboard_address=None) as cluster,
-                Client(cluster),
-                parallel_config(backend="dask"),
-            ):
-                yield Parallel(n_jobs=-1, batch_size=1)
-        else:
-            with Client(execution.scheduler), parallel_config(backend="dask"):
-                yield Parallel(n_jobs=-1, batch_size=1)
-    except (OSError, TimeoutError) as error:
-        where = execution.scheduler or "a local cluster"
-        raise UserError(f"cannot reach {where} ({error}); start it with `dask scheduler` and `dask worker`") from None
+    with ExitStack() as stack:
+        try:  # only what reaches the cluster: an OSError of a run is no trouble with it
+            if execution.scheduler is None:
+                cluster = LocalCluster(n_workers=execution.jobs, threads_per_worker=1, dashboard_address=None)
+                stack.enter_context(cluster)
+            stack.enter_context(Client(execution.scheduler or cluster))
+        except (OSError, TimeoutError) as error:
+            where = execution.scheduler or "a local cluster"
+            raise UserError(
+                f"cannot reach {where} ({error}); start it with `dask scheduler` and `dask worker`"
+            ) from None
+        stack.enter_context(parallel_config(backend="dask"))
+        yield Parallel(n_jobs=-1, batch_size=1)

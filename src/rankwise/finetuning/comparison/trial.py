@@ -1,6 +1,7 @@
 """One run of a study: draw rows, adapt, train, score; everything it found as one row."""
 
 import hashlib
+import json
 import os
 import tempfile
 import time
@@ -31,6 +32,8 @@ from rankwise.finetuning.training import (
     predict_rows,
     quiet_trainer,
     require_finite,
+    solve,
+    solver_of,
 )
 from rankwise.spectral import rank_for_energy
 
@@ -77,10 +80,10 @@ def run_trial(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     start = time.perf_counter()
     _forget_peak_memory()
     try:
-        row |= _run(study, run)
-        row["status"] = "ok"
+        row |= {**_writable(_run(study, run)), "status": "ok"}
     except Exception as error:  # recorded, not swallowed: the row says what happened and the study goes on
-        row["error"] = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        said = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
+        row["error"] = _without_data_root(said, study)
     row["seconds"] = round(time.perf_counter() - start, 3)
     row["peak_memory_bytes"] = _peak_memory()
     return row
@@ -90,7 +93,7 @@ def split_rows(named: NamedTask, study: StudySettings, task: Task) -> Rows:
     """What is drawn from, tuned on and evaluated on; the same for every run of a study.
 
     Raises:
-        UserError: too few rows to set any apart.
+        UserError: too few rows to set any apart, or none short enough to evaluate on.
     """
     count = len(named.train.rows)
     if count < 10:
@@ -103,13 +106,15 @@ def split_rows(named: NamedTask, study: StudySettings, task: Task) -> Rows:
         evaluation, pool = [pool[i] for i in picked], [pool[i] for i in rest]
     if study.max_eval_tokens is not None:
         evaluation = [p for p in evaluation if _token_count(task, p) <= study.max_eval_tokens]
+    if not evaluation:
+        raise UserError(f"no held-out row of {named.name} has at most --max-eval-tokens {study.max_eval_tokens} tokens")
     if len(evaluation) > study.eval_limit:
         chosen, _ = draw(len(evaluation), study.eval_limit, _SPLIT_SEED)
         evaluation = [evaluation[i] for i in chosen]
     return Rows(pool, tuning, evaluation)
 
 
-def training_rows(pool: list[int], shots: int, seed: int, how: str) -> list[int]:
+def training_rows(pool: list[int], shots: int, seed: int, how: str, *, option: str = "--shots") -> list[int]:
     """The labelled rows of one trial, the same for every method.
 
     Raises:
@@ -118,7 +123,7 @@ def training_rows(pool: list[int], shots: int, seed: int, how: str) -> list[int]
     if how == "with-replacement":
         return [pool[i] for i in np.random.default_rng(seed).integers(len(pool), size=shots).tolist()]
     if shots > len(pool):
-        raise UserError(f"{shots} labelled rows asked for, {len(pool)} to draw from; lower --shots")
+        raise UserError(f"{shots} labelled rows asked for, {len(pool)} to draw from; lower {option}")
     return [pool[i] for i in draw(len(pool), shots, seed)[0]]
 
 
@@ -150,6 +155,8 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     model = adapt(model, task, settings)
     step_seconds, details = _train(model, task, settings, train)
     predictions = predict_rows(task, model, held_out)
+    if isinstance(predictions, np.ndarray) and not np.isfinite(predictions).all():  # finite weights may overflow
+        raise UserError(f"training diverged: NaN or infinite predictions; lower --lr (it was {run.lr:g})")
     scores = task.score(predictions, task.targets[held_out])
     metric = named.metric or task.primary_metric
     return {
@@ -166,11 +173,28 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     }
 
 
+def _writable(found: dict[str, Any]) -> dict[str, Any]:
+    """What a run found, as it is; a number that JSON cannot hold would stop the study where the row is written.
+
+    Raises:
+        UserError: NaN or an infinite number.
+    """
+    try:
+        json.dumps(found, allow_nan=False)
+    except ValueError:
+        raise UserError("training diverged: the run's losses, scores or ranks are NaN or infinite") from None
+    return found
+
+
 def _train(model: nn.Module, task: Task, settings: FinetuneSettings, train: list[int]) -> tuple[float, dict[str, Any]]:
     """Train in place; the seconds of a step on average, and what the method has to say about itself."""
     trainable = any(p.requires_grad for p in model.parameters())
     if settings.method == "none" and not trainable:
         return 0.0, {}  # no head: the pretrained model as it is
+    if solver_of(task, settings, len(train)) == "ridge":
+        found = solve(model, task, settings, train, settings.precision).fit
+        decision = {"solver": "ridge", "penalty": None if found.abstains else found.penalty, "abstains": found.abstains}
+        return 0.0, {"decision": {**decision, "leave_one_out": found.error, "without_change": found.reference}}
     if settings.method == "deep-lora":
         place_frames(model, task, settings, first_batches(task, settings, train), settings.precision)
     optimizer = create_optimizer(model, task, settings)
@@ -211,6 +235,13 @@ def _shipped_bytes(model: nn.Module, settings: FinetuneSettings) -> int:
         else:
             model.save_pretrained(scratch, safe_serialization=True)
         return sum(file.stat().st_size for file in Path(scratch).rglob("*.safetensors"))
+
+
+def _without_data_root(text: str, study: StudySettings) -> str:
+    """Rows are shared; where a machine keeps its data is nobody else's business."""
+    for root in (study.data_root, os.environ.get("RANKWISE_DATA")):
+        text = text.replace(root, "DATA_ROOT") if root else text
+    return text
 
 
 def _token_count(task: Task, position: int) -> int:
