@@ -134,7 +134,7 @@ BAD = {
     "no tokens": FINETUNE + "--max-length 0",
     "no held-out rows": FINETUNE + "--eval-limit 0",
     "save every 0": FINETUNE + "--save-every 0",
-    "unknown method": FINETUNE + "--method dora",
+    "unknown method": FINETUNE + "--method lorra",
     "unknown preset": FINETUNE + "--preset nature",
     "preset with lora": FINETUNE + "--preset paper --method lora",
     "unknown task": FINETUNE + "--task ranking",

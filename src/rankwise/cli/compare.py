@@ -88,7 +88,10 @@ def compare(
         int | None, typer.Option(help="At most this many held-out rows (1000).", rich_help_panel=_RULES)
     ] = None,
     head: Annotated[
-        str | None, typer.Option(help="A classifier's head: trained, warm or frozen.", rich_help_panel=_RULES)
+        str | None,
+        typer.Option(
+            help="A classifier's head: trained, or frozen at its random start as in the paper.", rich_help_panel=_RULES
+        ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (200).", rich_help_panel=_RULES)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step (16).", rich_help_panel=_RULES)] = None,

@@ -121,9 +121,13 @@ def finetune(
     }
     if preset is not None and preset not in settings_module.PRESETS:
         raise UserError(f"unknown preset {preset!r}; expected {', '.join(settings_module.PRESETS)}")
-    if preset is not None and method != "deep-lora":
-        raise UserError(f"--preset {preset} holds Deep LoRA's settings; it does not go with --method {method}")
-    values = {**settings_module.PRESETS.get(preset or "", {}), **{k: v for k, v in chosen.items() if v is not None}}
+    if preset is not None and method not in settings_module.PRESETS[preset]:
+        known = ", ".join(settings_module.PRESETS[preset])
+        raise UserError(f"--preset {preset} holds settings of {known}; it does not go with --method {method}")
+    values = {
+        **settings_module.PRESETS.get(preset or "", {}).get(method, {}),
+        **{k: v for k, v in chosen.items() if v is not None},
+    }
     values["r"] = r
     if solver != "auto":
         values["solver"] = solver

@@ -53,6 +53,8 @@ def adapt(model: nn.Module, task: "Task", settings: "FinetuneSettings") -> nn.Mo
         raise UserError(
             f"cannot adapt this model with --method {settings.method} --rank {settings.r}: {error}"
         ) from None
+    if settings.lora_start == "gaussian":
+        _start_from_gaussian(adapted)
     if settings.head == "frozen":
         _set_trainable(head_parameters(adapted, task), False)
     return adapted
@@ -221,6 +223,16 @@ def _give_head_its_group(optimizer: torch.optim.Optimizer, head: Iterable[nn.Par
     optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
     if trainable:
         optimizer.add_param_group({"params": trainable, "lr": lr, "name": "head"})
+
+
+@torch.no_grad()
+def _start_from_gaussian(model: nn.Module) -> None:
+    """N(0, 1) in B and zeros in A, the other way round than PEFT: still a no-op, with much larger first steps."""
+    for name, parameter in model.named_parameters():
+        if ".lora_B." in name:
+            parameter.normal_()
+        elif ".lora_A." in name:
+            parameter.zero_()
 
 
 def _set_trainable(parameters: Iterable[nn.Parameter], trainable: bool) -> None:

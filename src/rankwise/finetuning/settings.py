@@ -12,16 +12,21 @@ PRECISIONS = ("auto", "fp32", "bf16")
 SOLVERS = ("auto", "ridge", "train")
 RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
 VARIANTS = ("compressed", "spectral", "random")
-PRESETS: dict[str, dict[str, Any]] = {
-    # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
+LORA_STARTS = ("kaiming", "gaussian")
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
-        "solver": "train",
-        "lr": 1e-2,
-        "outer_lr_ratio": 1e-2,
-        "adam_eps": 1e-6,
-        "inner_depth": 3,
-        "init_scale": 1e-3,
-        "r": 8,
+        # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
+        "deep-lora": {
+            "solver": "train",
+            "lr": 1e-2,
+            "outer_lr_ratio": 1e-2,
+            "adam_eps": 1e-6,
+            "inner_depth": 3,
+            "init_scale": 1e-3,
+            "r": 8,
+        },
+        # the paper's baseline, as its code has it
+        "lora": {"lr": 1e-4, "lora_start": "gaussian", "adam_eps": 1e-6, "r": 8},
     },
 }
 
@@ -43,6 +48,8 @@ class FinetuneSettings:
         eval_limit: at most this many held-out rows.
         text, text_pair, label: column names; guessed unless given.
         r, inner_depth, init_scale, variant: the adapter, see :class:`rankwise.adapters.DeepLoraConfig`.
+        lora_start: ``kaiming`` A and zero B (PEFT's), or ``gaussian``: N(0, 1) on the output side and zero on the input
+            side, the baseline of the paper's code.
         solver: how Deep LoRA finds its factors: ``train`` (the paper's: first gradient, then optimizer steps), ``ridge``
             (closed form, see :mod:`rankwise.adapters.tangent`; ``steps`` and ``lr`` then count for nothing), or
             ``auto``: ridge where the task's output is one number without a head and there are at most 256 rows.
@@ -71,6 +78,7 @@ class FinetuneSettings:
     inner_depth: int = 3
     init_scale: float = 1e-3
     variant: str = "compressed"
+    lora_start: str = "kaiming"
     solver: str = "auto"
     lr: float | None = None
     outer_lr_ratio: float = 1.0
@@ -96,6 +104,7 @@ class FinetuneSettings:
         _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
         _require(self.head in HEADS, "head", f"one of {', '.join(HEADS)}", self.head)
         _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
+        _require(self.lora_start in LORA_STARTS, "lora_start", f"one of {', '.join(LORA_STARTS)}", self.lora_start)
         _require(self.solver in SOLVERS, "solver", f"one of {', '.join(SOLVERS)}", self.solver)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
 

@@ -29,10 +29,11 @@ _EVALUATION_BATCH = 64
 
 
 def first_batches(task: Task, settings: FinetuneSettings, positions: Sequence[int]) -> list[Batch]:
-    """The batches whose gradient places U and V."""
+    """The batches whose gradient places U and V: drawn by the seed, so that a file sorted by class makes no difference."""
     size = settings.batch_size
     count = min(settings.init_batches, -(-len(positions) // size))
-    return [task.collate(positions[i * size : (i + 1) * size]) for i in range(count)]
+    order = np.random.default_rng(settings.seed).permutation(len(positions))
+    return [task.collate([positions[i] for i in order[k * size : (k + 1) * size]]) for k in range(count)]
 
 
 def place_frames(

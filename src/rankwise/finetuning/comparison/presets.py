@@ -21,8 +21,8 @@ _GLUE = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb")
 # are left out, LoRA starts from N(0, 1) on the output side without α/r at the one rate 1e-4, and nothing is tuned.
 _CODE: dict[str, Any] = {
     "model": _BERT,
-    "methods": ("lora:icml24", "deep-lora:paper"),
-    "fixed": ("lora:icml24", "deep-lora:paper"),
+    "methods": ("lora:paper", "deep-lora:paper"),
+    "fixed": ("lora:paper", "deep-lora:paper"),
     "head": "frozen",
     "draw": "with-replacement",
     "max_eval_tokens": 128,
@@ -39,10 +39,10 @@ STUDY_PRESETS: dict[str, dict[str, Any]] = {
         **_CODE,
         "tasks": ("stsb",),
         "methods": tuple(
-            label for r in (8, 16, 32, 64) for label in (f"lora:icml24+r={r}", f"deep-lora:paper+random+r={r}")
+            label for r in (8, 16, 32, 64) for label in (f"lora:paper+r={r}", f"deep-lora:paper+random+r={r}")
         ),
         "fixed": tuple(
-            label for r in (8, 16, 32, 64) for label in (f"lora:icml24+r={r}", f"deep-lora:paper+random+r={r}")
+            label for r in (8, 16, 32, 64) for label in (f"lora:paper+r={r}", f"deep-lora:paper+random+r={r}")
         ),
         "shots": (16,),
         "seeds": 5,

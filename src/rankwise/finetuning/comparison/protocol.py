@@ -54,8 +54,8 @@ class MethodSpec:
             name, equals, value = option.partition("=")
             if equals:
                 overrides[name] = _typed(label, name, value)
-            elif name in PRESETS:
-                overrides |= PRESETS[name]
+            elif method in PRESETS.get(name, {}):
+                overrides |= PRESETS[name][method]
             elif name in VARIANTS:
                 overrides["variant"] = name
             elif name in SOLVERS:
@@ -111,7 +111,7 @@ class StudySettings:
             are chosen on, split from train, so that ideas can be screened without a look at the official rows.
         eval_limit: at most so many held-out rows; which ones is the same for every run.
         tune_limit: rows set apart from train to choose rates on (at most a fifth).
-        head: trained, warm or frozen, see :class:`FinetuneSettings`.
+        head: trained or frozen, see :class:`FinetuneSettings`.
         draw: ``with-replacement`` is the paper's way.
         max_eval_tokens: leave longer held-out rows out, as the paper did with 128; None keeps all.
     """
@@ -167,7 +167,8 @@ class StudySettings:
     def grid(self, label: str) -> tuple[float, ...]:
         """The learning rates of a method; one if it is fixed or has none."""
         spec = self.spec(label)
-        return (spec.middle,) if label in self.fixed or spec.method == "none" else spec.grid(self.budget)
+        untuned = label in self.fixed or spec.method == "none" or spec.overrides.get("solver") == "ridge"
+        return (spec.middle,) if untuned else spec.grid(self.budget)
 
     def run_settings(self, run: RunSpec) -> FinetuneSettings:
         """The fine-tuning settings of one run."""

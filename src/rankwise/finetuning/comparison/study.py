@@ -18,7 +18,7 @@ from rankwise.finetuning.comparison.progress import counting
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings, confirm_runs, tuning_runs, units
 from rankwise.finetuning.comparison.report import write_comparison_report
 from rankwise.finetuning.comparison.statistics import chosen_learning_rate, summarize, summary_lines
-from rankwise.finetuning.comparison.trial import load_task, run_trial, split_rows, training_rows
+from rankwise.finetuning.comparison.trial import forget_tables, load_task, run_trial, split_rows, training_rows
 from rankwise.finetuning.run_folder import FORMAT_VERSION, environment
 
 BACKENDS = ("processes", "dask")
@@ -71,10 +71,16 @@ class StudyFolder:
                 raise
             raise UserError(f"{self.settings_file} is damaged ({error!r}); start the study in a new folder") from None
 
-    def write_settings(self, settings: StudySettings) -> None:
+    def read_tables(self) -> dict[str, str]:
+        """Checksum of every task's data, as the study's first run saw it."""
+        if not self.settings_file.is_file():
+            return {}
+        return dict(json.loads(self.settings_file.read_text(encoding="utf-8")).get("tables", {}))
+
+    def write_settings(self, settings: StudySettings, tables: dict[str, str]) -> None:
         shown = settings.to_dict()
         shown.pop("data_root")  # where a machine keeps its data is nobody else's business
-        content = {"format_version": FORMAT_VERSION, "settings": shown, "environment": environment()}
+        content = {"format_version": FORMAT_VERSION, "settings": shown, "tables": tables, "environment": environment()}
         write_json(self.settings_file, content)
 
 
@@ -124,6 +130,9 @@ def compare(
     execution = execution or Execution()
     console = console or Console(stderr=True, quiet=True)
     folder = StudyFolder(Path(settings.out))
+    if settings.precision == "auto" and execution.shard[1] > 1 and not folder.settings_file.is_file():
+        raise UserError("the parts of one study must not each measure what is faster: give --precision fp32 or bf16")
+    forget_tables()
     settings = _opened(folder, settings)
     mine = units(settings, execution.shard)
     try:
@@ -176,6 +185,7 @@ def merge(
         settings = settings.extended_by(other.read_settings())
     target = StudyFolder(Path(out))
     settings = _opened(target, replace(settings, out=str(out)), plan=False)
+    target.write_settings(settings, {k: v for part in folders for k, v in part.read_tables().items()})
     there = target.rows()
     have = {row["key"] for row in there if row.get("status") == "ok"}
     for folder in folders:
@@ -204,9 +214,16 @@ def _opened(folder: StudyFolder, wanted: StudySettings, *, plan: bool = True) ->
         if taken:
             raise UserError(f"{folder.path} holds something that is no study; choose another --out")
         settings = wanted
+    tables = folder.read_tables()
     if plan:
         for name in settings.tasks:
             named, task, _ = load_task(settings, name)
+            revision = "+".join(t.revision for t in (named.train, named.evaluation) if t is not None)
+            if tables.setdefault(name, revision) != revision:
+                raise UserError(
+                    f"{name} has changed since the study in {folder.path} began, so its old and new runs could not stand "
+                    "in one table; restore the data, or choose another --out"
+                )
             pool = split_rows(named, settings, task).pool
             for shots in settings.shots:
                 training_rows(pool, shots, 0, settings.draw)
@@ -218,19 +235,19 @@ def _opened(folder: StudyFolder, wanted: StudySettings, *, plan: bool = True) ->
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make the folder {folder.path}: {error.strerror}") from None
-    folder.write_settings(settings)
+    folder.write_settings(settings, tables)
     return settings
 
 
 def _measured_precision(settings: StudySettings) -> str:
     from rankwise.finetuning.methods import adapt
-    from rankwise.finetuning.models import device, load_model, text_length
+    from rankwise.finetuning.models import device, load_model, model_source, text_length
     from rankwise.finetuning.precision import choose_precision
 
     _, task, revision = load_task(settings, settings.tasks[0])
     run = RunSpec("tune", settings.tasks[0], "lora", settings.batch_size, 0, 1e-3)
     model = adapt(
-        load_model(task, settings.model, revision).to(device()),
+        load_model(task, model_source(settings.model), revision).to(device()),
         task,
         replace(settings, methods=("lora",), fixed=()).run_settings(run),
     )

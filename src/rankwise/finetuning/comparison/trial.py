@@ -21,7 +21,7 @@ from rankwise.errors import UserError
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings
 from rankwise.finetuning.data import Table, draw
 from rankwise.finetuning.methods import adapt, create_optimizer
-from rankwise.finetuning.models import device, load_model, load_tokenizer, text_length
+from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.named_tasks import NamedTask, load_named_task
 from rankwise.finetuning.settings import FinetuneSettings
 from rankwise.finetuning.tasks import Task, make_task
@@ -132,14 +132,20 @@ def load_task(study: StudySettings, name: str) -> tuple[NamedTask, Task, str | N
     return _load_task(study.model, name, study.data_root, study.max_length)
 
 
+def forget_tables() -> None:
+    """Read the tables anew: a file may have changed since this process last looked."""
+    _load_task.cache_clear()
+
+
 @lru_cache(maxsize=16)
 def _load_task(model: str, name: str, root: str | None, max_length: int) -> tuple[NamedTask, Task, str | None]:
     named = load_named_task(name, Path(root) if root else None)
-    tokenizer, revision = load_tokenizer(model)
+    source = model_source(model)
+    tokenizer, revision = load_tokenizer(source)
     table: Table = named.train
     if named.evaluation is not None:
         table = replace(table, rows=table.rows + named.evaluation.rows)
-    return named, make_task(named.kind, table, tokenizer, source=model, max_length=max_length), revision
+    return named, make_task(named.kind, table, tokenizer, source=source, max_length=max_length), revision
 
 
 def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
@@ -149,7 +155,7 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     held_out = rows.tuning if run.phase == "tune" or study.split == "tuning" else rows.evaluation
     settings = study.run_settings(run)
     set_seed(run.seed)
-    model = load_model(task, study.model, revision)
+    model = load_model(task, model_source(study.model), revision)
     model.to(device())
     task.max_length = text_length(model, settings.max_length)
     model = adapt(model, task, settings)
