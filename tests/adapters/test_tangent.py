@@ -217,3 +217,17 @@ def test_bad_input_is_one_readable_error(n: int, targets: Tensor, outputs: Any, 
     with pytest.raises(ValueError, match=message):
         solve_deeplora_weights(model, rows(n).split(1), targets, outputs_fn=outputs)
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+@pytest.mark.parametrize("k", [1, 4])
+def test_set_update_makes_the_update_asked_for(depth: int, k: int) -> None:
+    model = adapted(Net(), inner_depth=depth)
+    layer = model.base_model.model.first
+    draw = torch.Generator().manual_seed(8)
+    left, right = (torch.linalg.qr(torch.randn(d, k, generator=draw))[0] for d in (14, 10))
+    values = torch.linspace(2.0, 0.1, k)
+    layer.set_update("default", left, values, right)
+    assert torch.allclose(layer.get_delta_weight("default"), (left * values) @ right.mT, atol=1e-5)
+    inner = layer.factors("default").inner
+    assert all(torch.equal(factor, inner[0]) for factor in inner)  # balanced

@@ -117,3 +117,16 @@ def test_nothing_is_changed() -> None:
     adapter_spectra(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_adalora_spectra_are_those_of_pefts_own_update() -> None:
+    from peft import AdaLoraConfig
+
+    config = AdaLoraConfig(target_r=2, init_r=4, lora_alpha=6, total_step=10, target_modules=["0"])
+    model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), config)
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.lora_E["default"].copy_(torch.randn(4, 1))
+    (spectrum,) = adapter_spectra(model)
+    expected = torch.linalg.svdvals(layer.get_delta_weight("default"))
+    assert torch.allclose(torch.tensor(spectrum.singular_values), expected[:4], rtol=1e-4, atol=1e-6)

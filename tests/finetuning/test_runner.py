@@ -35,7 +35,7 @@ def settings(tiny: SimpleNamespace, out: Path, **changes: Any) -> FinetuneSettin
     """Eight steps over seventeen rows in batches of four: epochs end in the middle of a run, the last batch is short."""
     values: dict[str, Any] = {
         "model": tiny.model, "data": tiny.pairs, "out": str(out), "shots": 17, "steps": STEPS, "batch_size": 4,
-        "r": 4, "precision": "fp32", "lr": 2e-2, "init_scale": 0.1, "save_every": 2,
+        "r": 4, "precision": "fp32", "lr": 2e-2, "init_scale": 0.1, "save_every": 2, "solver": "train",
     }  # fmt: skip
     return FinetuneSettings(**{**values, **changes})
 
@@ -642,7 +642,7 @@ def start(tiny: SimpleNamespace, out: Path, *more: str) -> subprocess.Popen[str]
 def options(tiny: SimpleNamespace) -> list[str]:
     return (
         f"--model {tiny.model} --data {tiny.pairs} --shots 17 --steps 150 --batch-size 4 --rank 4 --precision fp32 "
-        "--lr 0.02 --init-scale 0.1 --save-every 10"
+        "--solver train --lr 0.02 --init-scale 0.1 --save-every 10"
     ).split()
 
 

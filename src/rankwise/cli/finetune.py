@@ -40,7 +40,13 @@ def finetune(
             rich_help_panel=_DATA,
         ),
     ] = "auto",
-    method: Annotated[str, typer.Option(help="deep-lora or lora.", rich_help_panel=_ADAPTER)] = "deep-lora",
+    method: Annotated[
+        str,
+        typer.Option(
+            help="deep-lora, lora, lora-plus, rslora, dora, lora-riemannian, or auto: what measured best for such a task.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = "deep-lora",
     shots: Annotated[
         int | None,
         typer.Option(help="Labelled rows to train on, drawn by --seed; the rest is held out.", rich_help_panel=_DATA),
@@ -73,12 +79,17 @@ def finetune(
         typer.Option(help="paper: the ICML 2024 settings (lr 1e-2, outer-lr-ratio 1e-2).", rich_help_panel=_ADAPTER),
     ] = None,
     lr: Annotated[
-        float | None, typer.Option(help="Learning rate (deep-lora 3e-3, lora 1e-3).", rich_help_panel=_TRAINING)
+        float | None, typer.Option(help="Learning rate; the method's own unless given.", rich_help_panel=_TRAINING)
     ] = None,
     outer_lr_ratio: Annotated[
         float | None,
         typer.Option(help="Rate of U and V over the inner factors' (1); 0 freezes them.", rich_help_panel=_TRAINING),
     ] = None,
+    head: Annotated[
+        str,
+        typer.Option(help="A classifier's head: trained, or frozen at its random start.", rich_help_panel=_TRAINING),
+    ] = "trained",
+    head_lr: Annotated[float, typer.Option(help="Learning rate of the head.", rich_help_panel=_TRAINING)] = 1e-3,
     adam_eps: Annotated[
         float | None, typer.Option(help="Adam's eps (deep-lora 1e-6, lora 1e-8).", rich_help_panel=_TRAINING)
     ] = None,
@@ -107,6 +118,9 @@ def finetune(
         runner.resume(out, console)
         _write_report(out, console)
         return
+    offered = [settings_module.AUTO, *(name for name, m in settings_module.METHODS.items() if m.offered)]
+    if method not in offered:
+        raise UserError(f"--method must be one of {', '.join(offered)}, got {method} (rankwise compare has more)")
     if model is None or data is None:
         missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
         raise UserError(
@@ -145,6 +159,8 @@ def finetune(
         text_pair=text_pair,
         label=label,
         variant=variant,
+        head=head,
+        head_lr=head_lr,
         steps=steps,
         batch_size=batch_size,
         init_batches=init_batches,

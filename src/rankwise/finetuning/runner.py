@@ -26,7 +26,7 @@ from rankwise.finetuning.methods import adapt, create_optimizer
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.run_folder import RunFolder, environment
-from rankwise.finetuning.settings import FinetuneSettings
+from rankwise.finetuning.settings import AUTO, FinetuneSettings
 from rankwise.finetuning.tasks import Task, make_task
 from rankwise.finetuning.trainer import RunRecorder
 from rankwise.finetuning.training import (
@@ -35,6 +35,7 @@ from rankwise.finetuning.training import (
     place_frames,
     predict_rows,
     quiet_trainer,
+    recommended_method,
     require_finite,
     solve,
     solver_of,
@@ -101,6 +102,9 @@ def _run(
     task_name = resumed["task"] if resumed else settings.task
     task = make_task(task_name, table, tokenizer, source=source, max_length=settings.max_length)
     _check_training_labels(task, split)
+    if settings.method == AUTO:
+        settings = replace(settings, method=recommended_method(task, len(split.train)))
+        console.print(f"--method auto: {settings.method} for {task.name} on {len(split.train)} rows", highlight=False)
     set_seed(settings.seed)
     model = load_model(task, source, revision)
     where = device()

@@ -7,6 +7,7 @@ from typing import Any
 from rankwise.errors import UserError
 from rankwise.finetuning.methods import METHODS
 
+AUTO = "auto"
 HEADS = ("trained", "frozen")
 PRECISIONS = ("auto", "fp32", "bf16")
 SOLVERS = ("auto", "ridge", "train")
@@ -40,7 +41,8 @@ class FinetuneSettings:
         data: CSV, TSV, JSONL or Parquet file, or ``hub:NAME``.
         out: run folder to create.
         task: auto, pair-similarity, classification or regression.
-        method: one of :data:`rankwise.finetuning.methods.METHODS`.
+        method: one of :data:`rankwise.finetuning.methods.METHODS`, or ``auto``: what the committed study recommends for
+            this task and number of rows (docs/few-labels.md).
         head: trained, or frozen at its start as in the paper; without effect on a task that has none.
         head_lr: the head's own learning rate, the same for every method.
         shots: labelled rows to train on, drawn by ``seed``; all (less the held-out fifth) unless given.
@@ -101,7 +103,7 @@ class FinetuneSettings:
             _require(value is None or 0 < value < float("inf"), name, "a positive number", value)
         _require(0 <= self.outer_lr_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
         _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
-        _require(self.method in METHODS, "method", f"one of {', '.join(METHODS)}", self.method)
+        _require(self.method in (AUTO, *METHODS), "method", f"one of {', '.join((AUTO, *METHODS))}", self.method)
         _require(self.head in HEADS, "head", f"one of {', '.join(HEADS)}", self.head)
         _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
         _require(self.lora_start in LORA_STARTS, "lora_start", f"one of {', '.join(LORA_STARTS)}", self.lora_start)

@@ -54,6 +54,11 @@ def place_frames(
         raise UserError(str(error)) from None
 
 
+def recommended_method(task: Task, rows: int) -> str:
+    """What `--method auto` takes (docs/few-labels.md): Deep LoRA where it can be solved for, LoRA where both must train."""
+    return "deep-lora" if task.ridge_fits and 3 <= rows <= RIDGE_ROWS else "lora"
+
+
 def solver_of(task: Task, settings: FinetuneSettings, rows: int) -> str:
     """``ridge`` or ``train``.
 

@@ -39,7 +39,13 @@ def test_a_variant_by_its_name(variant: str) -> None:
 
 def test_options_count_from_left_to_right() -> None:
     spec = MethodSpec.parse("deep-lora:paper+random+r=16+lr=2e-3+init_batches=2")
-    assert spec.overrides == {**PRESETS["paper"]["deep-lora"], "variant": "random", "r": 16, "lr": 2e-3, "init_batches": 2}
+    assert spec.overrides == {
+        **PRESETS["paper"]["deep-lora"],
+        "variant": "random",
+        "r": 16,
+        "lr": 2e-3,
+        "init_batches": 2,
+    }
     assert spec.middle == 2e-3
     assert spec.label == "deep-lora:paper+random+r=16+lr=2e-3+init_batches=2"
     assert MethodSpec.parse("deep-lora:r=16+paper").overrides["r"] == PRESETS["paper"]["deep-lora"]["r"]

@@ -285,7 +285,6 @@ def test_fewer_rows_than_a_batch(tiny: SimpleNamespace, tmp_path: Path, done: li
     compare(rules)  # auto again: what was measured once stays
 
 
-@pytest.mark.xfail(strict=True, reason="OPEN: a study does not know which version of a user's file its rows came from")
 def test_a_table_that_changed_under_a_study_is_refused(
     tiny: SimpleNamespace, tmp_path: Path, done: list[RunSpec]
 ) -> None:

@@ -225,14 +225,17 @@ def _pooled_cells(name: str, gain: dict[str, Any]) -> list[str]:
 # --- what the scores are ---------------------------------------------------------------------------------------------
 
 
-def _scores(summary: dict[str, Any]) -> str:
+def scores_figure(summary: dict[str, Any]) -> "Figure":
+    """Score against the number of labels, a panel a task: the report's figure, for use elsewhere."""
     from rankwise.diagnostics import plots
 
+    return plots.scores_by_labels_figure(*_panels(summary))
+
+
+def _panels(summary: dict[str, Any]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Panels and series of the scores."""
     scores = summary["scores"]
-    if not scores:
-        return ""
-    methods = _ordered(summary, (score["method"] for score in scores))
-    series = _series(summary, methods)
+    series = _series(summary, _ordered(summary, (score["method"] for score in scores)))
     panels = []
     for task in dict.fromkeys(sorted(score["task"] for score in scores)):
         metric = summary["metrics"].get(task)
@@ -241,6 +244,15 @@ def _scores(summary: dict[str, Any]) -> str:
             for one in series
         }
         panels.append({"title": f"{task} ({metric})" if metric else task, "lines": lines})
+    return panels, series
+
+
+def _scores(summary: dict[str, Any]) -> str:
+    scores = summary["scores"]
+    if not scores:
+        return ""
+    methods = _ordered(summary, (score["method"] for score in scores))
+    _, series = _panels(summary)
     head = ["task, labels", *(one["label"] for one in series)]
     means = {(score["task"], score["shots"], score["method"]): score for score in scores}
     body = [
@@ -251,7 +263,7 @@ def _scores(summary: dict[str, Any]) -> str:
         "Score against number of labels",
         "Means over the seeds, with 95 % intervals of the methods in colour; dashed: the unadapted model. These "
         "intervals are of each method alone: whether one wins is seen in the paired gains above.",
-        plots.scores_by_labels_figure(panels, series),
+        scores_figure(summary),
         page.folded("The numbers: mean (runs)", page.table(head, body)),
     )
 
