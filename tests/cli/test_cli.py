@@ -285,7 +285,9 @@ def test_interrupted_runs_exit_with_1_and_can_be_resumed(
             os.kill(os.getpid(), signal.SIGINT)
         return original(self, *args, **kwargs)  # type: ignore[arg-type]
 
-    arguments = f"finetune --model {tiny.model} --data {tiny.pairs} --shots 8 --steps 4 --precision fp32 --out"
+    arguments = (
+        f"finetune --model {tiny.model} --data {tiny.pairs} --shots 8 --solver train --steps 4 --precision fp32 --out"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(TaskTrainer, "compute_loss", compute_loss)
         assert main([*arguments.split(), str(tmp_path / "run")]) == 1

@@ -272,3 +272,11 @@ def test_a_checkpoint_with_another_head_is_explained(tmp_path: Path, tokenizer: 
         message = "labels"
     assert "look at the above report" not in message
     assert re.search("head|labels|classes", message)
+
+
+def test_regression_is_scaled_by_the_training_rows_alone(tokenizer: Any) -> None:
+    task = make(Regression, [1.0, 3.0, 100.0, -50.0], tokenizer=tokenizer)
+    task.learn_scale([0, 1])
+    assert (task.mean, task.spread) == (2.0, 1.0)
+    task.learn_scale([2])  # one label has no spread: the scale stays
+    assert (task.mean, task.spread) == (2.0, 1.0)

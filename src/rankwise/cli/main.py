@@ -21,6 +21,7 @@ app = typer.Typer(
 
 # typer raises click's exceptions, its own copy of them in newer versions: found by the name both carry
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_INTERRUPTED = 130  # what newer versions of typer make of a KeyboardInterrupt
 _COMMANDS = ("finetune", "compare", "export", "report")
 
 
@@ -68,6 +69,8 @@ def main(arguments: list[str] | None = None) -> int:
         if debug:
             raise
         return _report_failure(error)
+    if outcome == _INTERRUPTED:
+        return _complain("interrupted", 1)
     return outcome if isinstance(outcome, int) else 0
 
 

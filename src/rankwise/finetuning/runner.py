@@ -102,6 +102,7 @@ def _run(
     task_name = resumed["task"] if resumed else settings.task
     task = make_task(task_name, table, tokenizer, source=source, max_length=settings.max_length)
     _check_training_labels(task, split)
+    task.learn_scale(split.train)
     if settings.method == AUTO:
         settings = replace(settings, method=recommended_method(task, len(split.train)))
         console.print(f"--method auto: {settings.method} for {task.name} on {len(split.train)} rows", highlight=False)

@@ -59,6 +59,9 @@ class Task(ABC):
     def load_model(self, source: str, revision: str | None) -> nn.Module:
         """The pretrained model this task trains, in float32."""
 
+    def learn_scale(self, positions: Sequence[int]) -> None:  # noqa: B027  # most tasks have no scale
+        """Take whatever the targets are scaled by from the training rows alone."""
+
     def describe(self) -> dict[str, Any]:
         """What a reader of the run's config.json wants to know about the labels."""
         return {}
@@ -264,6 +267,11 @@ class Regression(_HeadTask):
         if np.ptp(values) == 0:  # not the spread: rounding leaves it at 1e-17
             raise UserError(f"every score in column {self.table.columns.label!r} is {self.mean:g}: nothing to learn")
         return values.astype(np.float32)
+
+    def learn_scale(self, positions: Sequence[int]) -> None:
+        values = self.targets[list(positions)].astype(np.float64)
+        if np.ptp(values) > 0:
+            self.mean, self.spread = float(values.mean()), float(values.std())
 
     def describe(self) -> dict[str, Any]:
         return {"score_mean": self.mean, "score_spread": self.spread}

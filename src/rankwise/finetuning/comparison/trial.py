@@ -152,6 +152,7 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     named, task, revision = load_task(study, run.task)
     rows = split_rows(named, study, task)
     train = training_rows(rows.pool, run.shots, run.seed, study.draw)
+    task.learn_scale(train)
     held_out = rows.tuning if run.phase == "tune" or study.split == "tuning" else rows.evaluation
     settings = study.run_settings(run)
     set_seed(run.seed)
