@@ -175,6 +175,8 @@ def test_the_saved_adapter_predicts_what_the_run_did(run: SimpleNamespace, saved
     model = PeftModel.from_pretrained(base, run.out / saved).eval()
     rows = predictions(run.out)
     position = {row["row"]: number for number, row in enumerate(table.rows)}
+    trained_on = json.loads((run.out / "config.json").read_text(encoding="utf-8"))["data"]["train_rows"]
+    task.learn_scale([position[row] for row in trained_on])
     with torch.no_grad():
         found = task.predict(model, task.collate([position[int(row["row"])] for row in rows]))
     scale = task.spread if run.task == "regression" else 1.0
