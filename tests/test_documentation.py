@@ -94,7 +94,7 @@ def test_links_between_pages_lead_somewhere() -> None:
 def test_numbers_are_those_of_the_committed_results(page: str, least: int) -> None:
     """Figures stand as <!--file:path.to.value:format-->text<!---->; file is a study's or in benchmarks/results/."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    figures = re.findall(r"<!--([\w/-]+):([^:>]+):([^>]*?)-->(.*?)<!---->", text)
+    figures = re.findall(r"<!--([\w/-]+):([^>]+):([^:>]*)-->(.*?)<!---->", text)
     assert len(figures) >= least
     for file, keys, spec, shown in figures:
         folder = ROOT if "/" in file else ROOT / "benchmarks" / "results"
