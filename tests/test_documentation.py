@@ -110,7 +110,7 @@ def _step_into(value: Any, key: str) -> Any:
         return value[key]
     if "=" not in key:
         return value[int(key)]
-    wanted = dict(part.split("=") for part in key.split("&"))
+    wanted = dict(part.split("=", 1) for part in key.split("&"))
     (found,) = [entry for entry in value if all(str(entry[field]) == text for field, text in wanted.items())]
     return found
 
