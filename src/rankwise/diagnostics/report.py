@@ -117,6 +117,7 @@ def _facts(
         "settings": {key: settings[key] for key in sorted(settings)},
         "environment": config["environment"],
         "seconds_per_step": result["seconds_per_step"],
+        "ridge": result.get("ridge"),
         "trainable_parameters": result["trainable_parameters"],
         "adapter_bytes": result["adapter_bytes"],
         "exported_bytes": result["exported_bytes"],
@@ -185,6 +186,9 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
         text += f"{best['label']} reaches {first['metric']} {best['after']:.4f}. "
     if first["before"] is not None:
         text += f"The model started at {first['before']:.4f}. "
+    for run in runs:
+        if run["ridge"] and run["ridge"]["abstains"]:
+            text += f"{run['label']} left the model as it was: the labelled rows supported no change. "
     if all(run["before"] is not None and run["after"] < run["before"] for run in scored):
         text += "Training lowered the score: these labels do not support a change. "
     return text + "One seed; another draw of rows can turn a small difference around."
@@ -209,11 +213,17 @@ def _table(runs: list[dict[str, Any]]) -> str:
                 f"{width}",
                 f"{run['trainable_parameters']:,}",
                 f"{run['exported_bytes'] / 1e3:,.0f} kB",
-                number(None if run["seconds_per_step"] is None else 1000 * run["seconds_per_step"], ".0f"),
+                _step(run),
             ]
         )
     marked = [i for i, run in enumerate(runs) if run["after"] is not None and run["after"] == best and len(runs) > 1]
     return page.table(head, rows, marked=marked)
+
+
+def _step(run: dict[str, Any]) -> str:
+    if run["ridge"]:
+        return f"solved in {run['ridge']['seconds']:.0f} s"
+    return number(None if run["seconds_per_step"] is None else 1000 * run["seconds_per_step"], ".0f")
 
 
 def _checks(checks: dict[str, Any]) -> str:

@@ -74,14 +74,21 @@ class StudyFolder:
 
     def read_tables(self) -> dict[str, str]:
         """Checksum of every task's data, as the study's first run saw it."""
+        return dict(self._read().get("tables", {}))
+
+    def _read(self) -> dict[str, Any]:
         if not self.settings_file.is_file():
             return {}
-        return dict(json.loads(self.settings_file.read_text(encoding="utf-8")).get("tables", {}))
+        return dict(json.loads(self.settings_file.read_text(encoding="utf-8")))
 
     def write_settings(self, settings: StudySettings, tables: dict[str, str]) -> None:
         shown = settings.to_dict()
         shown.pop("data_root")  # where a machine keeps its data is nobody else's business
-        content = {"format_version": FORMAT_VERSION, "settings": shown, "tables": tables, "environment": environment()}
+        content = {"format_version": FORMAT_VERSION, "settings": shown, "tables": tables}
+        environments = self._read().get("environments", [])
+        if environment() not in environments:  # one for every version that made some of the rows
+            environments.append(environment())
+        content["environments"] = environments
         write_json(self.settings_file, content)
 
 
