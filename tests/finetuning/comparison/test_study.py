@@ -523,6 +523,7 @@ def start(rules: StudySettings, *more: str) -> subprocess.Popen[str]:
     ]  # fmt: skip
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8", start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job has it ignored
         env=offline_environment(),
     )  # fmt: skip
 
