@@ -170,8 +170,8 @@ def solve_deeplora_weights(
     """Set every Deep LoRA layer to the ridge solution for these labelled rows; no learning rate, no steps.
 
     One forward and backward pass a row on the *unadapted* model, in eval mode; its weights, flags and gradients stay
-    as they were. Memory: the rows' layer inputs and output gradients (about 20 MB for 64 short texts and a layer of
-    384 × 1536, less than twice the activations of one training batch of all rows).
+    as they were. Memory: every row's layer inputs and output gradients, O(tokens · (d_in + d_out)) a layer, for all layers
+    at once; time grows with the square of the number of rows.
 
     Args:
         model: a model with Deep LoRA layers, from ``get_peft_model(model, DeepLoraConfig(...))``.

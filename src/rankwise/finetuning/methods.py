@@ -247,7 +247,7 @@ _CONFIGS: dict[str, Callable[["FinetuneSettings", dict[str, Any]], "PeftConfig"]
     "lora-riemannian": _lora(),
     "rslora": _lora(use_rslora=True),
     "dora": _lora(use_dora=True),
-    # an exact SVD a layer takes longer than the training of a small model; this one is randomized
+    # randomized: an exact SVD of every layer would be slow
     "pissa": _lora(init_lora_weights="pissa_niter_16"),
     "adalora": _adalora,
     "vera": _vera,

@@ -88,8 +88,8 @@ _PART = 8  # rows below which a matrix product on a CPU no longer pays for its c
 def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor:
     """``run`` on the batch's tokens, on a CPU in up to four parts of similar length, the rows put back in order.
 
-    A batch padded to its longest text is about half padding. Rows of an encoder do not see each other, so the parts
-    give the same outputs and the same gradient (dropout draws differ); a MiniLM step takes three quarters of the time.
+    A batch padded to its longest text is largely padding. Rows of an encoder do not see each other, so the parts give the
+    same outputs and the same gradient (dropout draws differ) for less work.
     Right-padded batches only; a GPU gets the batch whole.
     """
     inputs = {key: value for key, value in batch.items() if key != "targets"}

@@ -56,7 +56,11 @@ def place_frames(
 
 def recommended_method(task: Task, rows: int) -> str:
     """What `--method auto` takes (docs/few-labels.md): Deep LoRA where it can be solved for, LoRA where both must train."""
-    return "deep-lora" if task.ridge_fits and 3 <= rows <= RIDGE_ROWS else "lora"
+    return "deep-lora" if _can_be_solved(task, rows) else "lora"
+
+
+def _can_be_solved(task: Task, rows: int) -> bool:
+    return task.ridge_fits and 3 <= rows <= RIDGE_ROWS
 
 
 def solver_of(task: Task, settings: FinetuneSettings, rows: int) -> str:
@@ -68,7 +72,7 @@ def solver_of(task: Task, settings: FinetuneSettings, rows: int) -> str:
     if settings.method != "deep-lora":
         return "train"
     if settings.solver == "auto":
-        return "ridge" if task.ridge_fits and 3 <= rows <= RIDGE_ROWS else "train"
+        return "ridge" if _can_be_solved(task, rows) else "train"
     if settings.solver == "ridge" and not task.ridge_fits:
         raise UserError(
             f"--solver ridge needs an output that the pretrained model already gives; {task.name} has a head that starts "

@@ -327,10 +327,11 @@ def _parallel(execution: Execution):  # type: ignore[no-untyped-def]
     from joblib import Parallel, parallel_config
 
     if execution.backend == "processes":
-        # loky replaces a worker that has grown, between two runs: of no interest to who waits for the study
-        warnings.filterwarnings("ignore", category=UserWarning, message="A worker stopped while some jobs")
-        # one run a task: batches of runs would be lost together
-        yield Parallel(n_jobs=execution.jobs, batch_size=1, pre_dispatch=execution.jobs)
+        with warnings.catch_warnings():
+            # loky replaces a worker that has grown, between two runs: of no interest to who waits for the study
+            warnings.filterwarnings("ignore", category=UserWarning, message="A worker stopped while some jobs")
+            # one run a task: batches of runs would be lost together
+            yield Parallel(n_jobs=execution.jobs, batch_size=1, pre_dispatch=execution.jobs)
         return
     try:
         from distributed import Client, LocalCluster
