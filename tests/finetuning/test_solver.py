@@ -18,7 +18,7 @@ from rankwise.diagnostics import write_report
 from rankwise.errors import UserError
 from rankwise.finetuning import FinetuneSettings, finetune, make_task, read_table, resume
 from rankwise.finetuning.models import load_model, load_tokenizer, model_source
-from rankwise.finetuning.tasks import in_parts_of_equal_length
+from rankwise.finetuning.tasks import cheapest_parts, in_parts_of_equal_length
 from rankwise.finetuning.training import first_batches, recommended_method, solver_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -119,9 +119,26 @@ def test_parts_of_equal_length_give_rows_back_in_order(lengths: list[int]) -> No
 
     batch = {"input_ids": ids, "attention_mask": mask, "targets": torch.zeros(len(lengths))}
     assert torch.equal(in_parts_of_equal_length(batch, run), (ids * mask).sum(1, keepdim=True).float())
-    assert len(seen) == (1 if len(lengths) < 16 else min(4, len(lengths) // 8))
     assert sum(rows for rows, _ in seen) == len(lengths)
     assert sum(rows * width for rows, width in seen) <= len(lengths) * wide
+
+
+@given(lengths=st.lists(st.integers(1, 200), min_size=1, max_size=9), call=st.integers(0, 100))
+def test_parts_cost_no_more_than_any_other_cut(lengths: list[int], call: int) -> None:
+    lengths = sorted(lengths)
+
+    def cost(sizes: list[int]) -> int:
+        ends = np.cumsum(sizes)
+        return sum(size * lengths[end - 1] + call for size, end in zip(sizes, ends, strict=True))
+
+    n = len(lengths)
+    every_cut = (
+        [len(part) for part in np.split(np.arange(n), [i + 1 for i in range(n - 1) if cuts >> i & 1])]
+        for cuts in range(2 ** (n - 1))
+    )
+    found = cheapest_parts(lengths, call)
+    assert sum(found) == n
+    assert cost(found) == min(cost(sizes) for sizes in every_cut)
 
 
 def test_parts_leave_a_model_its_outputs_and_its_gradient(tiny: SimpleNamespace) -> None:

@@ -90,7 +90,14 @@ def compare(
     head: Annotated[
         str | None,
         typer.Option(
-            help="A classifier's head: trained, or frozen at its random start as in the paper.", rich_help_panel=_RULES
+            help="A classifier's head: trained, or frozen at its start as in the paper.", rich_help_panel=_RULES
+        ),
+    ] = None,
+    head_start: Annotated[
+        str | None,
+        typer.Option(
+            help="The head's start: fitted to the labels first (the default), or random as in the paper.",
+            rich_help_panel=_RULES,
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (200).", rich_help_panel=_RULES)] = None,
@@ -155,6 +162,7 @@ def compare(
         "split": split,
         "eval_limit": eval_limit,
         "head": head,
+        "head_start": head_start,
         "steps": steps,
         "batch_size": batch_size,
         "r": r,

@@ -87,8 +87,14 @@ def finetune(
     ] = None,
     head: Annotated[
         str,
-        typer.Option(help="A classifier's head: trained, or frozen at its random start.", rich_help_panel=_TRAINING),
+        typer.Option(help="A classifier's head: trained, or frozen at its start.", rich_help_panel=_TRAINING),
     ] = "trained",
+    head_start: Annotated[
+        str | None,
+        typer.Option(
+            help="The head's start: fitted to the labels first (the default), or random.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     head_lr: Annotated[float, typer.Option(help="Learning rate of the head.", rich_help_panel=_TRAINING)] = 1e-3,
     adam_eps: Annotated[
         float | None, typer.Option(help="Adam's eps (deep-lora 1e-6, lora 1e-8).", rich_help_panel=_TRAINING)
@@ -132,6 +138,7 @@ def finetune(
         "lr": lr,
         "outer_lr_ratio": outer_lr_ratio,
         "adam_eps": adam_eps,
+        "head_start": head_start,
     }
     if preset is not None and preset not in settings_module.PRESETS:
         raise UserError(f"unknown preset {preset!r}; expected {', '.join(settings_module.PRESETS)}")

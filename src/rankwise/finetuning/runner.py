@@ -22,6 +22,7 @@ from rankwise.adapters.files import replacing_folder
 from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.data import Table, draw, read_table
+from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.methods import adapt, create_optimizer
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
@@ -120,6 +121,8 @@ def _run(
     )
 
     solver = solver_of(task, settings, len(split.train))
+    if settings.head_start == "fitted":
+        fit_head(model, task, split.train)
     before = _evaluate(task, model, split.held_out, console, "before")
     model = adapt(model, task, settings)
     batches = first_batches(task, settings, split.train)

@@ -9,6 +9,7 @@ from rankwise.finetuning.methods import METHODS
 
 AUTO = "auto"
 HEADS = ("trained", "frozen")
+HEAD_STARTS = ("fitted", "random")
 PRECISIONS = ("auto", "fp32", "bf16")
 SOLVERS = ("auto", "ridge", "train")
 RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
@@ -19,6 +20,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
         "deep-lora": {
             "solver": "train",
+            "head_start": "random",
             "lr": 1e-2,
             "outer_lr_ratio": 1e-2,
             "adam_eps": 1e-6,
@@ -27,7 +29,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "r": 8,
         },
         # the paper's baseline, as its code has it
-        "lora": {"lr": 1e-4, "lora_start": "gaussian", "adam_eps": 1e-6, "r": 8},
+        "lora": {"head_start": "random", "lr": 1e-4, "lora_start": "gaussian", "adam_eps": 1e-6, "r": 8},
     },
 }
 
@@ -44,6 +46,8 @@ class FinetuneSettings:
         method: one of :data:`rankwise.finetuning.methods.METHODS`, or ``auto``: what the committed study recommends for
             this task and number of rows (docs/few-labels.md).
         head: trained, or frozen at its start as in the paper; without effect on a task that has none.
+        head_start: ``fitted`` to the labels on the pretrained model's features (:mod:`rankwise.finetuning.head_start`),
+            or ``random``, as the model library draws it.
         head_lr: the head's own learning rate, the same for every method.
         shots: labelled rows to train on, drawn by ``seed``; all (less the held-out fifth) unless given.
         eval_data: held-out file; otherwise the rows not drawn, or a fifth.
@@ -68,6 +72,7 @@ class FinetuneSettings:
     task: str = "auto"
     method: str = "deep-lora"
     head: str = "trained"
+    head_start: str = "fitted"
     head_lr: float = 1e-3
     shots: int | None = None
     seed: int = 0
@@ -105,6 +110,7 @@ class FinetuneSettings:
         _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
         _require(self.method in (AUTO, *METHODS), "method", f"one of {', '.join((AUTO, *METHODS))}", self.method)
         _require(self.head in HEADS, "head", f"one of {', '.join(HEADS)}", self.head)
+        _require(self.head_start in HEAD_STARTS, "head_start", f"one of {', '.join(HEAD_STARTS)}", self.head_start)
         _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
         _require(self.lora_start in LORA_STARTS, "lora_start", f"one of {', '.join(LORA_STARTS)}", self.lora_start)
         _require(self.solver in SOLVERS, "solver", f"one of {', '.join(SOLVERS)}", self.solver)

@@ -82,11 +82,11 @@ class Task(ABC):
         return dict(encoded)
 
 
-_PART = 8  # rows below which a matrix product on a CPU no longer pays for its call
+_CALL = 48  # padding tokens that cost as much as one more call of the model on a CPU
 
 
 def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor:
-    """``run`` on the batch's tokens, on a CPU in up to four parts of similar length, the rows put back in order.
+    """``run`` on the batch's tokens, on a CPU in parts of similar length, the rows put back in order.
 
     A batch padded to its longest text is largely padding. Rows of an encoder do not see each other, so the parts give the
     same outputs and the same gradient (dropout draws differ) for less work.
@@ -94,15 +94,41 @@ def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Te
     """
     inputs = {key: value for key, value in batch.items() if key != "targets"}
     mask = inputs.get("attention_mask")
-    if mask is None or mask.device.type != "cpu" or len(mask) < 2 * _PART or not bool(mask[:, 0].all()):
+    if mask is None or mask.device.type != "cpu" or not bool(mask[:, 0].all()):
         return run(inputs)
     lengths = mask.sum(1)
     order = lengths.argsort(stable=True)
+    sizes = cheapest_parts(lengths[order].numpy())
+    if len(sizes) == 1:
+        return run(inputs)
     parts = [
         run({key: value[rows, : int(lengths[rows].max())] for key, value in inputs.items()})
-        for rows in order.tensor_split(min(4, len(mask) // _PART))
+        for rows in order.split(sizes)
     ]
     return torch.cat(parts)[order.argsort()]
+
+
+def cheapest_parts(lengths: Array, call: int = _CALL) -> list[int]:
+    """Sizes of consecutive parts of ascending ``lengths`` for which Σ (rows · longest + call) is smallest.
+
+    Example:
+        >>> from rankwise.finetuning.tasks import cheapest_parts
+        >>> cheapest_parts([10, 11, 90, 100])
+        [2, 2]
+    """
+    lengths = np.asarray(lengths)
+    count = len(lengths)
+    cost, last = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
+    for end in range(1, count + 1):
+        options = cost[:end] + (end - np.arange(end)) * lengths[end - 1] + call
+        last[end] = options.argmin()
+        cost[end] = options[last[end]]
+    sizes: list[int] = []
+    end = count
+    while end:
+        sizes.insert(0, int(end - last[end]))
+        end = int(last[end])
+    return sizes
 
 
 class PairSimilarity(Task):
@@ -171,7 +197,7 @@ class PairSimilarity(Task):
         return _correlations(predictions, targets)
 
 
-class _HeadTask(Task):
+class HeadTask(Task):
     """A sequence classifier of transformers with its own head."""
 
     peft_task_type = "SEQ_CLS"
@@ -182,6 +208,15 @@ class _HeadTask(Task):
         batch = self._tokens([row["text"] for row in rows], pairs)
         batch["targets"] = torch.as_tensor(self.targets[list(positions)])
         return batch
+
+    @abstractmethod
+    def fit_linear(
+        self, features: Array, positions: Sequence[int], penalty: float, *, intercept: bool
+    ) -> tuple[Array, Array]:
+        """Weight (outputs, d) and bias (outputs,) that minimize this task's mean loss on these rows + penalty·‖W‖²/2.
+
+        ``features`` are (n, d); without ``intercept`` the bias counts for nothing.
+        """
 
     def _logits(self, model: nn.Module, batch: Batch) -> Tensor:
         return in_parts_of_equal_length(batch, lambda inputs: model(**inputs).logits.float())
@@ -202,7 +237,7 @@ class _HeadTask(Task):
         return model
 
 
-class Classification(_HeadTask):
+class Classification(HeadTask):
     """Cross-entropy on the classes found in the label column.
 
     Of two classes the last in the order of ``classes`` is the positive one of ``f1`` ("1" of "0" and "1");
@@ -240,6 +275,28 @@ class Classification(_HeadTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return nn.functional.cross_entropy(self._logits(model, batch), batch["targets"])
 
+    def fit_linear(
+        self, features: Array, positions: Sequence[int], penalty: float, *, intercept: bool
+    ) -> tuple[Array, Array]:
+        from sklearn.linear_model import LogisticRegression
+
+        targets = self.targets[list(positions)]
+        seen = np.unique(targets)
+        # a class without a row gets the bias of half a row
+        weight, bias = (
+            np.zeros((len(self.classes), features.shape[1])),
+            np.full(len(self.classes), -np.log(2 * len(targets))),
+        )
+        bias[seen] = -np.log(len(seen))
+        if len(seen) > 1:
+            fit = LogisticRegression(C=1 / (penalty * len(targets)), max_iter=1000, fit_intercept=intercept)
+            fit.fit(features, targets)
+            two = len(seen) == 2  # scikit-learn then gives the log-odds of the second
+            weight[seen] = np.vstack([-fit.coef_, fit.coef_]) / 2 if two else fit.coef_
+            slopes = np.concatenate([-fit.intercept_, fit.intercept_]) / 2 if two else fit.intercept_
+            bias[seen] += slopes - slopes.mean()
+        return weight, bias
+
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._logits(model, batch).argmax(-1)
 
@@ -255,7 +312,7 @@ class Classification(_HeadTask):
         return found
 
 
-class Regression(_HeadTask):
+class Regression(HeadTask):
     """Squared error on the standardized score; predictions come back in the label's units."""
 
     name = "regression"
@@ -282,6 +339,16 @@ class Regression(_HeadTask):
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         standardized = (batch["targets"] - self.mean) / self.spread
         return (self._logits(model, batch).squeeze(-1) - standardized).square().mean()
+
+    def fit_linear(
+        self, features: Array, positions: Sequence[int], penalty: float, *, intercept: bool
+    ) -> tuple[Array, Array]:
+        from sklearn.linear_model import Ridge
+
+        targets = (self.targets[list(positions)].astype(np.float64) - self.mean) / self.spread
+        # the loss is the mean square, without a half
+        fit = Ridge(alpha=penalty * len(targets) / 2, fit_intercept=intercept).fit(features, targets)
+        return np.reshape(fit.coef_, (1, -1)), np.array([fit.intercept_])
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._logits(model, batch).squeeze(-1) * self.spread + self.mean

@@ -24,6 +24,7 @@ _CODE: dict[str, Any] = {
     "methods": ("lora:paper", "deep-lora:paper"),
     "fixed": ("lora:paper", "deep-lora:paper"),
     "head": "frozen",
+    "head_start": "random",
     "draw": "with-replacement",
     "max_eval_tokens": 128,
     "eval_limit": 1_000_000,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.finetuning.methods import METHODS, learning_rate_grid
-from rankwise.finetuning.settings import HEADS, PRECISIONS, PRESETS, SOLVERS, VARIANTS, FinetuneSettings
+from rankwise.finetuning.settings import HEAD_STARTS, HEADS, PRECISIONS, PRESETS, SOLVERS, VARIANTS, FinetuneSettings
 
 SPLITS = ("evaluation", "tuning")
 DRAWS = ("without-replacement", "with-replacement")
@@ -111,7 +111,7 @@ class StudySettings:
             are chosen on, split from train, so that ideas can be screened without a look at the official rows.
         eval_limit: at most so many held-out rows; which ones is the same for every run.
         tune_limit: rows set apart from train to choose rates on (at most a fifth).
-        head: trained or frozen, see :class:`FinetuneSettings`.
+        head, head_start: trained or frozen, fitted first or random, see :class:`FinetuneSettings`.
         draw: ``with-replacement`` is the paper's way.
         max_eval_tokens: leave longer held-out rows out, as the paper did with 128; None keeps all.
     """
@@ -130,6 +130,7 @@ class StudySettings:
     eval_limit: int = 1000
     tune_limit: int = 500
     head: str = "trained"
+    head_start: str = "fitted"
     head_lr: float = 1e-3
     steps: int = 200
     batch_size: int = 16
@@ -154,7 +155,13 @@ class StudySettings:
             _require(self.max_eval_tokens >= 1, "max_eval_tokens", "at least 1", self.max_eval_tokens)
         for shots in self.shots:
             _require(shots >= 1, "shots", "at least 1", shots)
-        for name, known in (("split", SPLITS), ("draw", DRAWS), ("head", HEADS), ("precision", PRECISIONS)):
+        for name, known in (
+            ("split", SPLITS),
+            ("draw", DRAWS),
+            ("head", HEADS),
+            ("head_start", HEAD_STARTS),
+            ("precision", PRECISIONS),
+        ):
             _require(getattr(self, name) in known, name, f"one of {', '.join(known)}", getattr(self, name))
         unknown = [label for label in self.fixed if label not in self.methods]
         _require(not unknown, "fixed", f"some of {', '.join(self.methods)}", ", ".join(unknown))
@@ -182,6 +189,7 @@ class StudySettings:
                 "shots": run.shots,
                 "seed": run.seed,
                 "head": self.head,
+                "head_start": self.head_start,
                 "head_lr": self.head_lr,
                 "steps": self.steps,
                 "batch_size": self.batch_size,

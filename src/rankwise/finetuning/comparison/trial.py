@@ -20,6 +20,7 @@ from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings
 from rankwise.finetuning.data import Table, draw
+from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.methods import adapt, create_optimizer
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.named_tasks import NamedTask, load_named_task
@@ -159,6 +160,8 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     model = load_model(task, model_source(study.model), revision)
     model.to(device())
     task.max_length = text_length(model, settings.max_length)
+    if settings.head_start == "fitted":
+        fit_head(model, task, train)
     model = adapt(model, task, settings)
     step_seconds, details = _train(model, task, settings, train)
     predictions = predict_rows(task, model, held_out)
