@@ -9,7 +9,7 @@ import pytest
 
 from rankwise.errors import UserError
 from rankwise.finetuning.comparison.report import write_comparison_report
-from rankwise.finetuning.comparison.statistics import summarize
+from rankwise.finetuning.comparison.summary import summarize
 from tests.diagnostics.run_folders import HOSTILE
 from tests.diagnostics.test_report import Page, assert_self_contained, read
 from tests.finetuning.comparison.study_rows import METHODS, row, runs, small_study

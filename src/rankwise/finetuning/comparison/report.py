@@ -7,15 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.diagnostics import page
 from rankwise.errors import UserError
-from rankwise.finetuning.comparison.statistics import (
-    UNADAPTED,
-    Row,
-    find_comparison,
-    interval_text,
-    main_comparison,
-    method_label,
-    short_label,
-)
+from rankwise.finetuning.comparison.statistics import UNADAPTED, Row, method_label
+from rankwise.finetuning.comparison.summary import find_comparison, interval_text, main_comparison, short_label
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -41,7 +34,7 @@ def write_comparison_report(
         settings: shown as they are, at the end of the page; ``rank_rule``, where there, says in words how ranks were
             counted.
         rows: the rows that ``summary`` was made of.
-        summary: of :func:`rankwise.finetuning.comparison.statistics.summarize`.
+        summary: of :func:`rankwise.finetuning.comparison.summary.summarize`.
 
     Returns:
         The path of the page.
