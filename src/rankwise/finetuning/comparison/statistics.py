@@ -560,7 +560,7 @@ def harm(rows: Iterable[Row], method: str) -> list[Harm]:
 
 @dataclass(frozen=True)
 class MeanScore:
-    """Mean score of a method in one cell, with the 95 % interval over its seeds."""
+    """Mean score of a method in one cell, with the 95 % interval over its seeds, and the median seconds of a run."""
 
     task: str
     shots: int
@@ -568,6 +568,7 @@ class MeanScore:
     runs: int
     mean: float
     interval: Interval | None
+    seconds: float | None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -575,12 +576,16 @@ class MeanScore:
 
 def mean_scores(rows: Iterable[Row], method: str) -> list[MeanScore]:
     """Mean confirmation score of ``method``, cell by cell."""
-    return [
-        MeanScore(
-            task, shots, method, len(scores), _mean(list(scores.values())), mean_interval([list(scores.values())])
-        )
-        for (task, shots), scores in confirmed_scores(rows, method).items()
-    ]
+    seconds: dict[Cell, list[float]] = {}
+    for row in successful(rows := list(rows), method):
+        if row.get("seconds") is not None:
+            seconds.setdefault((row["task"], row["shots"]), []).append(row["seconds"])
+    found = []
+    for cell, by_seed in confirmed_scores(rows, method).items():
+        scores, times = list(by_seed.values()), seconds.get(cell)
+        median = float(np.median(times)) if times else None
+        found.append(MeanScore(*cell, method, len(scores), _mean(scores), mean_interval([scores]), median))
+    return found
 
 
 @dataclass(frozen=True)
