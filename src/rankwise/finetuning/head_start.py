@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from rankwise.errors import UserError
 from rankwise.finetuning.tasks import HeadTask, Task
 
-PENALTY = 0.1  # of ‖W‖²/2 beside the mean loss, for features of unit mean square: a light hand (docs/few-labels.md)
+PENALTY = 0.1  # of ‖W‖²/2 beside the mean loss, for features of unit mean square
 _ROWS = 64  # rows of one forward pass
 
 
@@ -85,9 +85,8 @@ def _features(model: nn.Module, layer: nn.Linear, task: Task, positions: Sequenc
                 inputs = {key: value.to(where) for key, value in batch.items() if key != "targets"}
                 logits = model(**inputs).logits.float()
                 features, output = calls.pop()
-                if (
-                    features.dim() == 3
-                ):  # a head on every token, of which the model takes one: the one that is its output
+                # a head on every token, of which the model takes one: the one that is its output
+                if features.dim() == 3:
                     token = (output - logits.unsqueeze(1)).abs().sum(-1).argmin(1)
                     features = features[torch.arange(len(features)), token]
                 found.append(features.cpu())

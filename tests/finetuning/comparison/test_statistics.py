@@ -441,6 +441,7 @@ def test_mean_scores_by_hand() -> None:
     found = mean_scores([*runs("lora", {0: 0.4, 1: 0.6}), *runs("lora", {0: 0.9}, shots=16)], "lora")
     assert [(s.shots, s.runs, s.mean) for s in found] == [(16, 1, 0.9), (64, 2, 0.5)]
     assert found[0].interval is None
+    assert [s.seconds for s in found] == [2.0, 2.0]
 
 
 # --- the whole -------------------------------------------------------------------------------------------------------
