@@ -101,6 +101,13 @@ def compare(
         ),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps (200).", rich_help_panel=_RULES)] = None,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the rates: linear (warm-up, then down to 0; the default) or constant, as in the paper.",
+            rich_help_panel=_RULES,
+        ),
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Rows a step (16).", rich_help_panel=_RULES)] = None,
     r: Annotated[
         int | None, typer.Option("--rank", "-r", help="Rank of every adapter (8).", rich_help_panel=_RULES)
@@ -164,6 +171,7 @@ def compare(
         "head": head,
         "head_start": head_start,
         "steps": steps,
+        "schedule": schedule,
         "batch_size": batch_size,
         "r": r,
         "max_length": max_length,

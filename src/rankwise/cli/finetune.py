@@ -100,6 +100,12 @@ def finetune(
         float | None, typer.Option(help="Adam's eps (deep-lora 1e-6, lora 1e-8).", rich_help_panel=_TRAINING)
     ] = None,
     steps: Annotated[int, typer.Option(help="Optimizer steps.", rich_help_panel=_TRAINING)] = 200,
+    schedule: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the rates: linear (warm-up, then down to 0; the default) or constant.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=_TRAINING)] = 16,
     init_batches: Annotated[
         int, typer.Option(help="Batches averaged for the gradient that places U and V.", rich_help_panel=_TRAINING)
@@ -139,6 +145,7 @@ def finetune(
         "outer_lr_ratio": outer_lr_ratio,
         "adam_eps": adam_eps,
         "head_start": head_start,
+        "schedule": schedule,
     }
     if preset is not None and preset not in settings_module.PRESETS:
         raise UserError(f"unknown preset {preset!r}; expected {', '.join(settings_module.PRESETS)}")

@@ -15,12 +15,15 @@ SOLVERS = ("auto", "ridge", "train")
 RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
 VARIANTS = ("compressed", "spectral", "random")
 LORA_STARTS = ("kaiming", "gaussian")
+SCHEDULES = ("linear", "constant")
+WARM_UP = 0.1  # of the steps, in the linear schedule
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "paper": {
         # ICML 2024, App. B and the published code: inner 1e-2, γ = 0.01, Adam eps 1e-6, batch 16, constant rate.
         "deep-lora": {
             "solver": "train",
             "head_start": "random",
+            "schedule": "constant",
             "lr": 1e-2,
             "outer_lr_ratio": 1e-2,
             "adam_eps": 1e-6,
@@ -29,7 +32,14 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "r": 8,
         },
         # the paper's baseline, as its code has it
-        "lora": {"head_start": "random", "lr": 1e-4, "lora_start": "gaussian", "adam_eps": 1e-6, "r": 8},
+        "lora": {
+            "head_start": "random",
+            "schedule": "constant",
+            "lr": 1e-4,
+            "lora_start": "gaussian",
+            "adam_eps": 1e-6,
+            "r": 8,
+        },
     },
 }
 
@@ -60,6 +70,8 @@ class FinetuneSettings:
             (closed form, see :mod:`rankwise.adapters.tangent`; ``steps`` and ``lr`` then count for nothing), or
             ``auto``: ridge where the task's output is one number without a head and there are at most 256 rows.
         lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given, γ = 1.
+        schedule: of all rates: ``linear`` (up over the first tenth of the steps, then down to 0) or ``constant``, the
+            paper's.
         init_batches: batches averaged for the gradient that places U and V.
         max_length: tokens kept of every text.
         precision: auto measures bf16 autocast against fp32 on this machine and takes it only where it is faster.
@@ -91,6 +103,7 @@ class FinetuneSettings:
     outer_lr_ratio: float = 1.0
     adam_eps: float | None = None
     steps: int = 200
+    schedule: str = "linear"
     batch_size: int = 16
     init_batches: int = 1
     max_length: int = 128
@@ -114,6 +127,7 @@ class FinetuneSettings:
         _require(self.variant in VARIANTS, "variant", f"one of {', '.join(VARIANTS)}", self.variant)
         _require(self.lora_start in LORA_STARTS, "lora_start", f"one of {', '.join(LORA_STARTS)}", self.lora_start)
         _require(self.solver in SOLVERS, "solver", f"one of {', '.join(SOLVERS)}", self.solver)
+        _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
 
     @property
@@ -143,7 +157,7 @@ class FinetuneSettings:
         if unknown:
             raise UserError(f"the run was made by another version of rankwise (unknown settings: {', '.join(unknown)})")
         try:
-            return cls(**content)
+            return cls(**{"schedule": "constant", **content})  # all there was before schedules could be chosen
         except TypeError as error:
             raise UserError(f"the run's settings are incomplete ({error}); start it again in a new folder") from None
 

@@ -21,7 +21,7 @@ from rankwise.adapters import (
 from rankwise.errors import UserError
 from rankwise.finetuning import methods
 from rankwise.finetuning.precision import autocast
-from rankwise.finetuning.settings import RIDGE_ROWS, FinetuneSettings
+from rankwise.finetuning.settings import RIDGE_ROWS, WARM_UP, FinetuneSettings
 from rankwise.finetuning.tasks import Batch, Task
 from rankwise.finetuning.trainer import Positions, TaskTrainer
 
@@ -125,7 +125,8 @@ def make_trainer(
         max_steps=settings.steps,
         per_device_train_batch_size=settings.batch_size,
         learning_rate=settings.learning_rate,
-        lr_scheduler_type="constant",
+        lr_scheduler_type=settings.schedule,
+        warmup_steps=round(WARM_UP * settings.steps) if settings.schedule == "linear" else 0,
         max_grad_norm=0.0,
         logging_steps=1,
         seed=settings.seed,

@@ -25,6 +25,7 @@ _CODE: dict[str, Any] = {
     "fixed": ("lora:paper", "deep-lora:paper"),
     "head": "frozen",
     "head_start": "random",
+    "schedule": "constant",
     "draw": "with-replacement",
     "max_eval_tokens": 128,
     "eval_limit": 1_000_000,

@@ -6,7 +6,7 @@ from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.finetuning.methods import METHODS, learning_rate_grid
-from rankwise.finetuning.settings import HEAD_STARTS, HEADS, PRECISIONS, PRESETS, SOLVERS, VARIANTS, FinetuneSettings
+from rankwise.finetuning.settings import HEAD_STARTS, HEADS, PRECISIONS, PRESETS, SCHEDULES, SOLVERS, VARIANTS, FinetuneSettings
 
 SPLITS = ("evaluation", "tuning")
 DRAWS = ("without-replacement", "with-replacement")
@@ -111,6 +111,7 @@ class StudySettings:
             are chosen on, split from train, so that ideas can be screened without a look at the official rows.
         eval_limit: at most so many held-out rows; which ones is the same for every run.
         tune_limit: rows set apart from train to choose rates on (at most a fifth).
+        schedule: of the learning rates, see :class:`FinetuneSettings`.
         head, head_start: trained or frozen, fitted first or random, see :class:`FinetuneSettings`.
         draw: ``with-replacement`` is the paper's way.
         max_eval_tokens: leave longer held-out rows out, as the paper did with 128; None keeps all.
@@ -133,6 +134,7 @@ class StudySettings:
     head_start: str = "fitted"
     head_lr: float = 1e-3
     steps: int = 200
+    schedule: str = "linear"
     batch_size: int = 16
     r: int = 8
     max_length: int = 128
@@ -160,6 +162,7 @@ class StudySettings:
             ("draw", DRAWS),
             ("head", HEADS),
             ("head_start", HEAD_STARTS),
+            ("schedule", SCHEDULES),
             ("precision", PRECISIONS),
         ):
             _require(getattr(self, name) in known, name, f"one of {', '.join(known)}", getattr(self, name))
@@ -192,6 +195,7 @@ class StudySettings:
                 "head_start": self.head_start,
                 "head_lr": self.head_lr,
                 "steps": self.steps,
+                "schedule": self.schedule,
                 "batch_size": self.batch_size,
                 "r": self.r,
                 "max_length": self.max_length,
@@ -214,7 +218,7 @@ class StudySettings:
             )
         try:
             values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in content.items()}
-            return cls(**values)
+            return cls(**{"schedule": "constant", **values})  # all there was before schedules could be chosen
         except TypeError as error:
             raise UserError(f"the study's settings are incomplete ({error}); start it again in a new folder") from None
 
