@@ -39,8 +39,10 @@ def adapted(model: nn.Module, **settings: Any) -> PeftModel:
         ({"variant": "pissa"}, "compressed, spectral, random"),
         ({"dropout": 1.0}, "dropout"),
         ({"dropout": -0.1}, "dropout"),
+        ({"direction_dropout": 1.0}, "direction_dropout"),
+        ({"direction_dropout": float("nan")}, "direction_dropout"),
         ({"bias": "lora_only"}, "deeplora_only"),
-        ({"format_version": 2}, "upgrade rankwise"),
+        ({"format_version": 3}, "upgrade rankwise"),
         ({"target_modules": "lin.*", "layers_to_transform": [0]}, "layers_to_transform"),
         ({"target_modules": ["lin0"], "layers_pattern": "layer"}, "layers_to_transform"),
     ],
@@ -55,7 +57,7 @@ def test_round_trip_through_json(tmp_path: Path) -> None:
     config = DeepLoraConfig(
         r=6, inner_depth=2, init_scale=0.01, variant="spectral", target_modules=["lin1", "lin0"],
         exclude_modules=["head"], rank_pattern={"lin1": 3}, modules_to_save=["head"], bias="deeplora_only",
-        dropout=0.1, task_type="SEQ_CLS",
+        dropout=0.1, direction_dropout=0.2, task_type="SEQ_CLS",
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     loaded = PeftConfig.from_pretrained(tmp_path)
@@ -70,6 +72,18 @@ def test_a_newer_format_is_refused_on_loading(tmp_path: Path) -> None:
     file.write_text(json.dumps(json.loads(file.read_text()) | {"format_version": 99}))
     with pytest.raises(ValueError, match="format 99"):
         PeftConfig.from_pretrained(tmp_path)
+
+
+def test_an_adapter_of_the_first_format_trains_on_without_direction_dropout(tmp_path: Path) -> None:
+    DeepLoraConfig(variant="compressed", target_modules=["lin0"]).save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    old = json.loads(file.read_text()) | {"format_version": 1}
+    del old["direction_dropout"]
+    file.write_text(json.dumps(old))
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert isinstance(loaded, DeepLoraConfig)
+    assert loaded.direction_dropout == 0
+    assert loaded.variant == "compressed"
 
 
 @pytest.mark.parametrize("pattern", [{"lin1": 2}, {"^lin1": 2}, {".*1": 2}], ids=str)

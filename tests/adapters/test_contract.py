@@ -43,6 +43,10 @@ class TestMlp(MlpCase):
     pass
 
 
+class TestMlpCompressed(MlpCase):
+    settings = {"variant": "compressed"}  # noqa: RUF012
+
+
 class TestMlpSpectral(MlpCase):
     settings = {"variant": "spectral"}  # noqa: RUF012
 
@@ -55,18 +59,22 @@ class TestMlpOneInnerFactor(MlpCase):
     settings = {"inner_depth": 1}  # noqa: RUF012
 
 
+class TestMlpCompressedOneInnerFactor(MlpCase):
+    settings = {"variant": "compressed", "inner_depth": 1}  # noqa: RUF012
+
+
 class TestMlpSpectralOneInnerFactor(MlpCase):
     settings = {"variant": "spectral", "inner_depth": 1}  # noqa: RUF012
 
 
 class TestMlpOddWidthTwoInnerFactors(MlpCase):
-    settings = {"r": 5, "inner_depth": 2, "rank_pattern": {"lin1": 3}}  # noqa: RUF012
+    settings = {"variant": "compressed", "r": 5, "inner_depth": 2, "rank_pattern": {"lin1": 3}}  # noqa: RUF012
 
 
 class TestMlpWide(MlpCase):
     """Width 16 and above: large enough for the matrix product to take another code path."""
 
-    settings = {"r": 18, "rank_pattern": {"lin1": 24}}  # noqa: RUF012
+    settings = {"variant": "compressed", "r": 18, "rank_pattern": {"lin1": 24}}  # noqa: RUF012
 
 
 class TestBert(TransformerCase):
@@ -78,6 +86,11 @@ class TestBert(TransformerCase):
 
     def make_batch(self) -> Any:
         return token_batch()
+
+
+class TestBertCompressed(TestBert):
+    def make_config(self, **changes: Any) -> DeepLoraConfig:
+        return super().make_config(**{"variant": "compressed", **changes})
 
 
 class TestLlama(TransformerCase):

@@ -25,7 +25,14 @@ def mlp(dtype: torch.dtype = torch.float64, **sizes: int) -> nn.Module:
 
 
 def adapted(model: nn.Module, **settings: Any) -> PeftModel:
-    return get_peft_model(model, DeepLoraConfig(**{"r": 4, "target_modules": ["lin0", "lin1"], **settings}))
+    settings = {
+        "r": 4,
+        "variant": "compressed",
+        "direction_dropout": 0.0,
+        "target_modules": ["lin0", "lin1"],
+        **settings,
+    }
+    return get_peft_model(model, DeepLoraConfig(**settings))
 
 
 def batches(count: int = 1, rows: int = 16, d_in: int = 20, dtype: torch.dtype = torch.float64) -> list[Batch]:
@@ -304,9 +311,9 @@ def test_a_layer_that_only_an_earlier_batch_reaches() -> None:
 @pytest.mark.parametrize("build", [tiny_bert, tiny_llama])
 def test_gradient_checkpointing_places_the_same_frames(build: Callable[[], nn.Module], use_reentrant: bool) -> None:
     batch = token_batch(labels="tokens" if build is tiny_llama else "class")
-    plain = get_peft_model(build().double(), DeepLoraConfig(r=4, task_type=None))
+    plain = get_peft_model(build().double(), DeepLoraConfig(r=4, variant="compressed", task_type=None))
     first = initialize_deeplora_weights(plain, [batch])
-    model = get_peft_model(build().double(), DeepLoraConfig(r=4, task_type=None))
+    model = get_peft_model(build().double(), DeepLoraConfig(r=4, variant="compressed", task_type=None))
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
     model.train()
     second = initialize_deeplora_weights(model, [batch])
@@ -351,7 +358,7 @@ def test_under_no_grad() -> None:
 
 
 def test_default_loss_and_data_loader() -> None:
-    model = get_peft_model(tiny_bert(), DeepLoraConfig(r=4, task_type="SEQ_CLS"))
+    model = get_peft_model(tiny_bert(), DeepLoraConfig(r=4, variant="compressed", task_type="SEQ_CLS"))
     batch = token_batch()
     rows = [{key: value[i] for key, value in batch.items()} for i in range(4)]
     summary = initialize_deeplora_weights(model, DataLoader(rows, batch_size=4))
@@ -364,7 +371,7 @@ def test_second_adapter_starts_from_the_unadapted_model() -> None:
     wanted = true_gradients(mlp(), ["lin0"], data)["lin0"]
     model = disturbed(adapted(mlp()))
     before = state(model)
-    model.add_adapter("second", DeepLoraConfig(r=4, target_modules=["lin0"]))
+    model.add_adapter("second", DeepLoraConfig(r=4, variant="compressed", target_modules=["lin0"]))
     model.set_adapter("second")
     (row,) = initialize_deeplora_weights(model, data, loss_fn=loss_fn, adapter_name="second").layers
     assert row.gradient_norm == pytest.approx(float(wanted.norm()), rel=1e-6)
@@ -515,7 +522,7 @@ def test_a_zero_gradient_in_one_of_several_batches_is_harmless() -> None:
 
 
 def test_an_unused_pooler_is_named() -> None:
-    model = get_peft_model(tiny_bert(), DeepLoraConfig(r=4))
+    model = get_peft_model(tiny_bert(), DeepLoraConfig(r=4, variant="compressed"))
     before = state(model)
 
     def loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -528,7 +535,7 @@ def test_an_unused_pooler_is_named() -> None:
 
 
 def test_no_labels_are_explained() -> None:
-    model = get_peft_model(tiny_bert(), DeepLoraConfig(r=4, task_type="SEQ_CLS"))
+    model = get_peft_model(tiny_bert(), DeepLoraConfig(r=4, variant="compressed", task_type="SEQ_CLS"))
     batch = token_batch()
     del batch["labels"]
     with pytest.raises(ValueError, match="labels"):
@@ -640,3 +647,31 @@ def test_initialized_adapter_learns_where_the_gradient_points() -> None:
     torch.testing.assert_close(
         layer.get_delta_weight("default"), -left @ left.mT @ gradient @ right @ right.mT, rtol=1e-5, atol=1e-8
     )
+
+
+def test_zero_left_needs_no_batch_and_is_seeded() -> None:
+    models = [adapted(mlp(), variant="zero-left", inner_depth=2) for _ in range(3)]
+    for model, seed in zip(models, (4, 4, 5), strict=True):
+        summary = initialize_deeplora_weights(model, seed=seed)
+        assert all(math.isnan(row.captured) for row in summary.layers)
+    first, same, other = ({n: p.detach() for n, p in m.named_parameters() if "deeplora_" in n} for m in models)
+    for name, value in first.items():
+        assert torch.equal(value, same[name])
+        if "left" in name:
+            assert not value.count_nonzero()
+        elif "inner" in name:
+            assert torch.equal(value, torch.eye(4).to(value).expand(2, 4, 4))
+        else:
+            assert not torch.equal(value, other[name])
+            torch.testing.assert_close(value @ value.mT, torch.eye(4).to(value), rtol=1e-5, atol=1e-6)
+
+
+def test_the_zero_left_start_sees_the_whole_gradient_on_its_left() -> None:
+    """The first plain step of U is -G V: every output direction may grow, where the frames of the others choose some."""
+    data = batches()
+    gradient = true_gradients(mlp(), ["lin1"], data)["lin1"]
+    model = adapted(mlp(), variant="zero-left", target_modules=["lin1"])
+    (layer,) = deeplora_layers(model).values()
+    factors = layer.factors("default")
+    (step,) = torch.autograd.grad(loss_fn(model, data[0]), factors.left)
+    torch.testing.assert_close(step, gradient @ factors.right.detach().mT, rtol=1e-5, atol=1e-8)

@@ -54,11 +54,19 @@ def test_a_head_rate_of_zero_is_kept() -> None:
 
 def test_empty_groups_are_left_out() -> None:
     assert [g["name"] for g in deeplora_param_groups(adapted(), lr=1e-2)] == ["inner", "outer"]
-    assert [g["name"] for g in deeplora_param_groups(adapted(), lr=1e-2, outer_lr_ratio=0)] == ["inner"]
+    model = adapted(variant="random")
+    assert [g["name"] for g in deeplora_param_groups(model, lr=1e-2, outer_lr_ratio=0)] == ["inner"]
+
+
+def test_a_zero_left_factor_cannot_be_frozen() -> None:
+    model = adapted(variant="zero-left")
+    with pytest.raises(ValueError, match="nothing could be learnt"):
+        create_deeplora_optimizer(model, outer_lr_ratio=0)
+    assert all(p.requires_grad for name, p in model.named_parameters() if "deeplora_" in name)
 
 
 def test_ratio_zero_freezes_the_outer_factors_and_trains_the_inner_ones() -> None:
-    model = adapted(init_scale=0.5, modules_to_save=["head"])
+    model = adapted(variant="compressed", init_scale=0.5, modules_to_save=["head"])
     optimizer = create_deeplora_optimizer(model, torch.optim.SGD, lr=0.1, outer_lr_ratio=0)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     train(model, optimizer, 2)
@@ -92,7 +100,7 @@ def test_adam_kinds_get_a_small_eps_and_no_weight_decay(kind: type[torch.optim.O
 def test_other_kinds_keep_their_defaults() -> None:
     plain = torch.optim.RMSprop(nn.Linear(2, 2).parameters()).defaults["eps"]
     assert create_deeplora_optimizer(adapted(), torch.optim.RMSprop, lr=1e-2).defaults["eps"] == plain
-    sgd = create_deeplora_optimizer(adapted(), torch.optim.SGD, lr=1e-2, momentum=0.9)
+    sgd = create_deeplora_optimizer(adapted(), torch.optim.SGD, lr=1e-2, outer_lr_ratio=1, momentum=0.9)
     assert {g["momentum"] for g in sgd.param_groups} == {0.9}
     assert [g["lr"] for g in sgd.param_groups] == [1e-2, 1e-2]
 
@@ -103,7 +111,7 @@ def test_default_optimizer_is_adamw() -> None:
 
 def test_resuming_equals_never_stopping() -> None:
     settings = {"lr": 1e-2, "outer_lr_ratio": 0.1, "head_lr": 1e-3}
-    model = adapted(modules_to_save=["head"])
+    model = adapted(direction_dropout=0.0, modules_to_save=["head"])
     optimizer = create_deeplora_optimizer(model, **settings)
     train(model, optimizer, 3)
     weights = {k: v.clone() for k, v in model.state_dict().items()}
@@ -112,7 +120,7 @@ def test_resuming_equals_never_stopping() -> None:
              "param_groups": saved["param_groups"]}  # fmt: skip
     train(model, optimizer, 3)
 
-    again = adapted(modules_to_save=["head"])
+    again = adapted(direction_dropout=0.0, modules_to_save=["head"])
     again.load_state_dict(weights)
     resumed = create_deeplora_optimizer(again, lr=1.0)  # other rates: those of the state must win
     resumed.load_state_dict(saved)

@@ -92,7 +92,8 @@ def test_add_adapter_of_transformers(tmp_path: Path) -> None:
     model = tiny_bert()
     with torch.no_grad():
         base = model.eval()(**token_batch()).logits
-    model.add_adapter(DeepLoraConfig(r=4, init_scale=0.5, target_modules=["query", "value"]), "mine")
+    config = DeepLoraConfig(r=4, variant="compressed", init_scale=0.5, target_modules=["query", "value"])
+    model.add_adapter(config, "mine")
     assert len(deeplora_layers(model)) == 4
     with torch.no_grad():
         assert torch.equal(model(**token_batch()).logits, base)

@@ -23,6 +23,7 @@ from rankwise.finetuning.methods import (
     adalora_orthogonality,
     adapt,
     create_optimizer,
+    default_learning_rate,
     head_parameters,
     learning_rate_grid,
 )
@@ -35,7 +36,7 @@ MEMORIZED = [0, 1]
 STEPS = 20
 HEAD_LR = 2e-2
 # high enough to move a tiny random model in so few steps
-RATES = {"full": 3e-3, "deep-lora": 3e-2, "vera": 1e-1, "adalora": 1e-1, "lora-plus": 3e-3, "pissa": 1.5e-2}
+RATES = {"full": 3e-3, "deep-lora": 1e-2, "vera": 1e-1, "adalora": 1e-1, "lora-plus": 3e-3, "pissa": 1.5e-2}
 ALL = [(kind, method) for kind in KINDS for method in METHODS if (kind, method) != ("pair-similarity", "none")]
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
@@ -45,6 +46,7 @@ def settings(method: str, **changes: Any) -> FinetuneSettings:
     values: dict[str, Any] = {
         "model": "", "data": "", "out": "", "method": method, "lr": RATES.get(method, 1e-2), "head_lr": HEAD_LR,
         "r": 4, "init_scale": 0.1, "steps": STEPS, "batch_size": 2, "precision": "fp32",
+        "schedule": "constant", "outer_lr_ratio": 1.0, "direction_dropout": 0.0,
     }  # fmt: skip
     return FinetuneSettings(**{**values, **changes})
 
@@ -478,3 +480,32 @@ def test_a_larger_budget_tries_all_that_a_smaller_one_did(middle: float, budget:
 def test_every_default_rate_is_in_its_grid() -> None:
     for name, method in METHODS.items():
         assert method.lr in learning_rate_grid(method.lr, 5), name
+
+
+def test_rates_rise_over_the_first_tenth_and_fall_to_zero(
+    tiny: SimpleNamespace, tasks: dict[str, Task], tmp_path: Path
+) -> None:
+    task = tasks["classification"]
+    found = {}
+    for schedule in ("linear", "constant"):
+        chosen = settings("lora", schedule=schedule, steps=20)
+        model, optimizer = adapted(tiny, task, chosen)
+        trainer = train(model, task, chosen, optimizer, tmp_path / schedule)
+        found[schedule] = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]
+    assert found["constant"] == [1e-2] * 20
+    assert found["linear"][:3] == pytest.approx([0, 5e-3, 1e-2])
+    assert found["linear"][2:] == pytest.approx([1e-2 * (20 - step) / 18 for step in range(2, 20)])
+
+
+def test_deep_lora_learns_slower_where_the_output_is_there_already(tasks: dict[str, Task]) -> None:
+    pairs, classes = (default_learning_rate("deep-lora", tasks[kind]) for kind in ("pair-similarity", "classification"))
+    assert 0 < pairs < classes == METHODS["deep-lora"].lr
+    assert {default_learning_rate("lora", task) for task in tasks.values()} == {METHODS["lora"].lr}
+
+
+def test_settings_of_older_runs_mean_what_they_meant() -> None:
+    old = settings("deep-lora", variant="compressed").to_dict()
+    for later in ("schedule", "direction_dropout"):
+        del old[later]
+    loaded = FinetuneSettings.from_dict(old)
+    assert (loaded.schedule, loaded.direction_dropout, loaded.variant) == ("constant", 0.0, "compressed")

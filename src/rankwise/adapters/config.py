@@ -8,12 +8,20 @@ from peft import PeftConfig
 from rankwise.adapters.registration import DeepLoraPeftType
 from rankwise.factorizations.invariant_subspaces import VARIANTS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 1 had no direction_dropout
+ZERO_LEFT = "zero-left"
+STARTS = (ZERO_LEFT, *VARIANTS)
 
 
 @dataclass
 class DeepLoraConfig(PeftConfig):
     """Deep LoRA: y = W₀x + U(W̃_L⋯W̃_1 − ε^L·I)Vᵀx (ICML 2024, eq. 12, compressed as in §2.3).
+
+    The defaults depart from the paper, by what docs/few-labels.md measured: U starts at zero between random directions
+    and inner factors I (``variant="zero-left"``), so that the update grows in every direction from the first step, and
+    each training row sees the adapter without a random part of its directions (``direction_dropout``).
+    The update then needs no shift, and ε counts for nothing. ``DeepLoraConfig(variant="compressed",
+    direction_dropout=0)`` is the paper's.
 
     ``r`` is the width of U and V, so an adapter with ``r=8`` has LoRA's size at r=8 plus ``inner_depth·r²`` numbers a
     layer. There is no α: the update needs no scale, and the rank that training leaves in it is usually far below r.
@@ -28,10 +36,11 @@ class DeepLoraConfig(PeftConfig):
     inner_depth: int = field(default=3, metadata={"help": "Number L of r×r inner factors; 1 gives C·B·A."})
     init_scale: float = field(default=1e-3, metadata={"help": "Inner factors start at ε·I; this is ε."})
     variant: str = field(
-        default="compressed",
+        default=ZERO_LEFT,
         metadata={
-            "help": "How U and V come from the first gradient: 'compressed' (the paper's), 'spectral' (top directions "
-            "of -G), 'random' (no gradient)."
+            "help": "The start. 'zero-left': U = 0, V random, inner factors I. The others start the inner factors at "
+            "ε·I and place U and V: 'compressed' from the first gradient, as the paper; 'spectral' at the top directions "
+            "of -G; 'random' without a gradient."
         },
     )
     target_modules: list[str] | str | None = field(
@@ -58,6 +67,12 @@ class DeepLoraConfig(PeftConfig):
     )
     bias: str = field(default="none", metadata={"help": "Biases to train: 'none', 'all' or 'deeplora_only'."})
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapter's input."})
+    direction_dropout: float = field(
+        default=0.3,
+        metadata={
+            "help": "Share of the r directions that each row of a training batch does without (all of its tokens alike)."
+        },
+    )
     fan_in_fan_out: bool = field(default=False, metadata={"help": "True if the layer stores (in, out) weights."})
     init_weights: bool = field(
         default=True,
@@ -72,7 +87,15 @@ class DeepLoraConfig(PeftConfig):
             self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # PEFT matches on sets
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        if self.format_version == 1:  # saved before there was any: training goes on as it began
+            self.direction_dropout = 0.0
+            self.format_version = FORMAT_VERSION
         self._check()
+
+    @property
+    def zero_left(self) -> bool:
+        """Whether U starts at zero: no gradient places the frames, and the update has no shift."""
+        return self.variant == ZERO_LEFT
 
     def _check(self) -> None:
         for name, width in [("r", self.r), *self.rank_pattern.items()]:
@@ -84,10 +107,11 @@ class DeepLoraConfig(PeftConfig):
             raise ValueError(
                 f"init_scale must be positive (at 0 the inner factors have no gradient), got {self.init_scale!r}"
             )
-        if self.variant not in VARIANTS:
-            raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {self.variant!r}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must lie in [0, 1), got {self.dropout!r}")
+        if self.variant not in STARTS:
+            raise ValueError(f"variant must be one of {', '.join(STARTS)}, got {self.variant!r}")
+        for name, share in (("dropout", self.dropout), ("direction_dropout", self.direction_dropout)):
+            if not 0 <= share < 1:
+                raise ValueError(f"{name} must lie in [0, 1), got {share!r}")
         if self.bias not in ("none", "all", "deeplora_only"):
             raise ValueError(f"bias must be 'none', 'all' or 'deeplora_only', got {self.bias!r}")
         if self.format_version > FORMAT_VERSION:

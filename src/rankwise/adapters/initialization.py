@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from rankwise.adapters.config import ZERO_LEFT
 from rankwise.adapters.files import save_tensors
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
 from rankwise.adapters.layer import DeepLoraLayer
@@ -69,7 +70,9 @@ def initialize_deeplora_weights(
     seed: int = 0,
     subspaces: str | os.PathLike[str] | None = None,
 ) -> InitializationSummary:
-    """Set U and V of every Deep LoRA layer from the gradient of the unadapted model, inner factors to ε·I.
+    """Start every Deep LoRA layer as its config's ``variant`` says: U and V from the gradient of the unadapted model.
+
+    The variants ``zero-left`` (the default) and ``random`` ask for no gradient: V (and U) are drawn at random.
 
     The adapter stays an exact no-op: only the directions in which it will learn are chosen. Each layer's gradient is
     decomposed and dropped during the backward pass, so the extra peak is about one layer's weight. With several
@@ -81,7 +84,7 @@ def initialize_deeplora_weights(
     Args:
         model: a model with Deep LoRA layers, usually from ``get_peft_model(model, DeepLoraConfig(...))``.
         batches: iterable of dicts of tensors (a DataLoader does); only the first ``num_batches`` are drawn. Not
-            needed for the ``random`` variant.
+            needed for ``zero-left`` and ``random``.
         loss_fn: ``loss_fn(model, batch) -> scalar tensor``; by default ``model(**batch).loss``.
         num_batches: how many batches to average the gradient over.
         adapter_name: which adapter.
@@ -101,7 +104,8 @@ def initialize_deeplora_weights(
         >>> from torch import nn
         >>> from rankwise.adapters import DeepLoraConfig, initialize_deeplora_weights
         >>> _ = torch.manual_seed(0)
-        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), DeepLoraConfig(r=4, target_modules=["0"]))
+        >>> config = DeepLoraConfig(r=4, variant="compressed", target_modules=["0"])
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), config)
         >>> batch = {"x": torch.randn(8, 16), "y": torch.randn(8, 12)}
         >>> loss = lambda model, batch: (model(batch["x"]) - batch["y"]).square().mean()
         >>> summary = initialize_deeplora_weights(model, [batch], loss_fn=loss)
@@ -118,9 +122,9 @@ def initialize_deeplora_weights(
 
     variant = _variant(model, adapter_name)
     loss, count = float("nan"), 1
-    if variant == "random":
+    if variant in ("random", ZERO_LEFT):
         found = {
-            name: _frames(_shape_only(layer, adapter_name), layer.r[adapter_name], variant, generator)
+            name: _frames(_shape_only(layer, adapter_name), layer.r[adapter_name], "random", generator)
             for name, layer in layers.items()
         }
     else:
@@ -266,7 +270,7 @@ def _first(batches: Iterable[Any] | None, num_batches: int) -> list[Any]:
     if not first:
         raise ValueError(
             "this variant places U and V from a gradient and needs at least one batch: pass an iterable of dicts of "
-            "tensors (a DataLoader does), or use DeepLoraConfig(variant='random')"
+            "tensors (a DataLoader does), or use DeepLoraConfig(variant='zero-left')"
         )
     return first
 

@@ -34,13 +34,15 @@ class Factor(nn.Module):
         return "×".join(map(str, self.weight.shape))
 
 
-def stored_scale(init_scale: float) -> float:
-    """ε rounded to bf16, the narrowest format adapters are kept in (8 significant bits: at most 0.4 % off).
+def stored_scale(init_scale: float, zero_left: bool) -> float:
+    """ε as the layers use it: none for the zero-left start, which is a no-op without a shift, else rounded to bf16.
+
+    bf16 is the narrowest format adapters are kept in (8 significant bits: at most 0.4 % off).
 
     Adapters are cast from float32 to the base model's dtype and back. An ε that every cast leaves alone is what makes
     W̃_l = ε·I, and with it the step-0 no-op, exact in all of them.
     """
-    return float(torch.tensor(init_scale, dtype=torch.bfloat16))
+    return 0.0 if zero_left else float(torch.tensor(init_scale, dtype=torch.bfloat16))
 
 
 @lru_cache(maxsize=256)
@@ -70,6 +72,28 @@ def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+class DirectionDropout(nn.Module):
+    """Hides random directions of the adapter from each row of a training batch, from all of its tokens alike.
+
+    Dropout of a factorization's columns penalizes the square of the product's nuclear norm (overview, §4, eq. 31-32):
+    no direction may carry the fit alone. One mask a row, not a token, was worth more (docs/few-labels.md): a row of
+    many tokens would see every direction on average.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+
+    def forward(self, projected: Float[Tensor, "*rows r"]) -> Float[Tensor, "*rows r"]:
+        if not self.training or projected.ndim < 2:
+            return projected
+        kept = projected.new_ones(projected.shape[0], *([1] * (projected.ndim - 2)), projected.shape[-1])
+        return projected * nn.functional.dropout(kept, self.p)
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
 class Factors(NamedTuple):
     """The trainable arrays of one adapter: U (d_out, r), W̃ (L, r, r), Vᵀ (r, d_in)."""
 
@@ -84,7 +108,14 @@ class DeepLoraLayer(BaseTunerLayer):
     merged_adapters: list[str]
 
     adapter_layer_names = ("deeplora_left", "deeplora_right", "deeplora_inner")
-    other_param_names = ("r", "init_scale", "inner_depth", "deeplora_dropout")
+    other_param_names = (
+        "r",
+        "init_scale",
+        "inner_depth",
+        "zero_left",
+        "deeplora_dropout",
+        "deeplora_direction_dropout",
+    )
 
     def __init__(self, base_layer: nn.Linear):
         self.base_layer = base_layer
@@ -92,7 +123,9 @@ class DeepLoraLayer(BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.init_scale: dict[str, float] = {}
         self.inner_depth: dict[str, int] = {}
+        self.zero_left: dict[str, bool] = {}
         self.deeplora_dropout = nn.ModuleDict()
+        self.deeplora_direction_dropout = nn.ModuleDict()
         self.deeplora_left = nn.ModuleDict()
         self.deeplora_right = nn.ModuleDict()
         self.deeplora_inner = nn.ModuleDict()
@@ -106,15 +139,21 @@ class DeepLoraLayer(BaseTunerLayer):
         *,
         inner_depth: int,
         init_scale: float,
+        zero_left: bool,
         dropout: float,
+        direction_dropout: float,
         init_weights: bool,
         inference_mode: bool = False,
     ) -> None:
         """Add an adapter of width r. Runs on load and on the meta device too: no data is needed here."""
         self.r[adapter_name] = r
-        self.init_scale[adapter_name] = stored_scale(init_scale)
+        self.init_scale[adapter_name] = stored_scale(init_scale, zero_left)
         self.inner_depth[adapter_name] = inner_depth
+        self.zero_left[adapter_name] = zero_left
         self.deeplora_dropout[adapter_name] = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.deeplora_direction_dropout[adapter_name] = (
+            DirectionDropout(direction_dropout) if direction_dropout else nn.Identity()
+        )
         self.deeplora_left[adapter_name] = Factor(self.out_features, r)
         self.deeplora_right[adapter_name] = Factor(r, self.in_features)
         self.deeplora_inner[adapter_name] = Factor(inner_depth, r, r)
@@ -125,21 +164,24 @@ class DeepLoraLayer(BaseTunerLayer):
 
     @torch.no_grad()
     def reset_adapter(self, adapter_name: str, *, no_op: bool = True) -> None:
-        """Random orthonormal frames and inner factors ε·I; with ``no_op=False`` random inner factors of norm ≈ 1."""
+        """Start over between random frames; with ``no_op=False`` U orthonormal and random inner factors of norm ≈ 1."""
         r, depth = self.r[adapter_name], self.inner_depth[adapter_name]
         left, right = haar_frame(self.out_features, r), haar_frame(self.in_features, r)
         self.set_frames(adapter_name, left, right)
         if not no_op:
-            self.factors(adapter_name).inner.copy_(torch.randn(depth, r, r) / r**0.5)
+            factors = self.factors(adapter_name)
+            factors.left.copy_(left)
+            factors.inner.copy_(torch.randn(depth, r, r) / r**0.5)
 
     @torch.no_grad()
     def set_frames(self, adapter_name: str, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
-        """Start over between these frames: U = left, V = right, inner factors ε·I."""
+        """Start over between these frames: U = left, V = right, inner factors ε·I; zero-left: U = 0, inner factors I."""
         depth, r = self.inner_depth[adapter_name], self.r[adapter_name]
         factors = self.factors(adapter_name)
-        factors.left.copy_(left)
+        zero_left = self.zero_left[adapter_name]
+        factors.left.copy_(torch.zeros_like(left) if zero_left else left)
         factors.right.copy_(right.mT)
-        factors.inner.copy_(identity_factors(depth, r, self.init_scale[adapter_name]))
+        factors.inner.copy_(identity_factors(depth, r, 1.0 if zero_left else self.init_scale[adapter_name]))
 
     @torch.no_grad()
     def set_update(
@@ -188,7 +230,9 @@ class DeepLoraLinear(nn.Module, DeepLoraLayer):
         *,
         inner_depth: int,
         init_scale: float,
+        zero_left: bool = False,
         dropout: float = 0.0,
+        direction_dropout: float = 0.0,
         init_weights: bool = True,
         fan_in_fan_out: bool = False,
         inference_mode: bool = False,
@@ -202,7 +246,9 @@ class DeepLoraLinear(nn.Module, DeepLoraLayer):
             r,
             inner_depth=inner_depth,
             init_scale=init_scale,
+            zero_left=zero_left,
             dropout=dropout,
+            direction_dropout=direction_dropout,
             init_weights=init_weights,
             inference_mode=inference_mode,
         )
@@ -230,6 +276,7 @@ class DeepLoraLinear(nn.Module, DeepLoraLayer):
         dtype = result.dtype
         x = self.deeplora_dropout[adapter_name](x if x.dtype == dtype else x.to(dtype))
         projected = nn.functional.linear(x, self.factors(adapter_name).right.to(dtype))
+        projected = self.deeplora_direction_dropout[adapter_name](projected)
         B = self.scaled_left(adapter_name).to(dtype)
         rows = projected.flatten(0, -2) if projected.ndim > 1 else projected.unsqueeze(0)
         flat = result.reshape(rows.shape[0], result.shape[-1])  # not −1: the batch may be empty

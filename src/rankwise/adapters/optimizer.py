@@ -13,7 +13,7 @@ def deeplora_param_groups(
     model: nn.Module,
     *,
     lr: float,
-    outer_lr_ratio: float = 1.0,
+    outer_lr_ratio: float = 10.0,
     head_lr: float | None = None,
 ) -> list[dict[str, Any]]:
     """Parameter groups "inner" (lr η), "outer" (γη, the paper's discrepant rate, ICML 2024 §3) and "head".
@@ -28,7 +28,7 @@ def deeplora_param_groups(
         head_lr: learning rate of everything else; ``lr`` unless given.
 
     Raises:
-        ValueError: no trainable Deep LoRA factors, or a negative rate.
+        ValueError: no trainable Deep LoRA factors, a negative rate, or γ = 0 for an adapter whose U starts at zero.
 
     Example:
         >>> from peft import get_peft_model
@@ -43,6 +43,11 @@ def deeplora_param_groups(
             f"learning rates cannot be negative: lr={lr}, outer_lr_ratio={outer_lr_ratio}, head_lr={head_lr}"
         )
     inner, outer = _factors(model)
+    if outer_lr_ratio == 0 and any(not p.is_meta and not p.any() for p in outer):
+        raise ValueError(
+            "outer_lr_ratio=0 would freeze a U that is zero (variant='zero-left'), and nothing could be learnt; "
+            "choose a ratio above 0 or another variant"
+        )
     if outer_lr_ratio == 0:
         for parameter in outer:
             parameter.requires_grad_(False)
@@ -66,8 +71,8 @@ def create_deeplora_optimizer(
     model: nn.Module,
     optimizer_cls: type[torch.optim.Optimizer] = torch.optim.AdamW,
     *,
-    lr: float = 3e-3,
-    outer_lr_ratio: float = 1.0,
+    lr: float = 6e-4,
+    outer_lr_ratio: float = 10.0,
     head_lr: float | None = None,
     **optimizer_kwargs: Any,
 ) -> torch.optim.Optimizer:
@@ -76,8 +81,9 @@ def create_deeplora_optimizer(
     Adam kinds get ``eps=1e-6`` and ``weight_decay=0`` unless told otherwise. eps is not cosmetic: at the start the
     inner gradients are about ε² times the layer's, so Adam's eps decides which layers move at all.
 
-    The interim defaults depart from the paper (inner 1e-2, γ = 0.01), without a committed comparison of the two so far.
-    ``lr=1e-2, outer_lr_ratio=0.01`` restores the paper's.
+    The defaults go with ``variant="zero-left"`` (docs/few-labels.md) and depart from the paper, where the inner factors
+    do the learning: ``lr=1e-2, outer_lr_ratio=0.01`` restores its rates. Let them warm up and fall to zero: 6e-3 on U
+    and V is near the largest rate that is stable.
 
     Args:
         model: a model with Deep LoRA layers.

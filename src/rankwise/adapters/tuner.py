@@ -89,7 +89,9 @@ class DeepLoraModel(BaseTuner):
         settings: dict[str, Any] = {
             "inner_depth": peft_config.inner_depth,
             "init_scale": peft_config.init_scale,
+            "zero_left": peft_config.zero_left,
             "dropout": peft_config.dropout,
+            "direction_dropout": peft_config.direction_dropout,
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }

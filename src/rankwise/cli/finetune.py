@@ -65,8 +65,20 @@ def finetune(
         float | None, typer.Option(help="Inner factors start at this times I (1e-3).", rich_help_panel=_ADAPTER)
     ] = None,
     variant: Annotated[
-        str, typer.Option(help="compressed, spectral or random frames.", rich_help_panel=_ADAPTER)
-    ] = "compressed",
+        str | None,
+        typer.Option(
+            help="The start: zero-left (the default), or inner factors ε between compressed (the paper's), spectral or "
+            "random frames.",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
+    direction_dropout: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of the adapter's directions that a row of a training batch does without (0.3).",
+            rich_help_panel=_ADAPTER,
+        ),
+    ] = None,
     solver: Annotated[
         str,
         typer.Option(
@@ -83,7 +95,7 @@ def finetune(
     ] = None,
     outer_lr_ratio: Annotated[
         float | None,
-        typer.Option(help="Rate of U and V over the inner factors' (1); 0 freezes them.", rich_help_panel=_TRAINING),
+        typer.Option(help="Rate of U and V over the inner factors' (10); 0 freezes them.", rich_help_panel=_TRAINING),
     ] = None,
     head: Annotated[
         str,
@@ -141,6 +153,8 @@ def finetune(
     chosen = {
         "inner_depth": inner_depth,
         "init_scale": init_scale,
+        "variant": variant,
+        "direction_dropout": direction_dropout,
         "lr": lr,
         "outer_lr_ratio": outer_lr_ratio,
         "adam_eps": adam_eps,
@@ -172,7 +186,6 @@ def finetune(
         text=text,
         text_pair=text_pair,
         label=label,
-        variant=variant,
         head=head,
         head_lr=head_lr,
         steps=steps,

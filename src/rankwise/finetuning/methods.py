@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rankwise.finetuning.settings import FinetuneSettings
     from rankwise.finetuning.tasks import Task
 
+ADAPTED_OUTPUT = 1 / 6  # Deep LoRA's rate for an output that is there already, over that for a new head
 LORA_PLUS_RATIO = 16.0  # the LoRA+ paper's recommendation: B learns sixteen times as fast as A
 
 
@@ -143,6 +144,7 @@ def _deep_lora(settings: "FinetuneSettings", common: dict[str, Any]) -> "PeftCon
         inner_depth=settings.inner_depth,
         init_scale=settings.init_scale,
         variant=settings.variant,
+        direction_dropout=settings.direction_dropout,
         **common,
     )
 
@@ -277,7 +279,7 @@ class Method:
 
 
 METHODS: dict[str, Method] = {
-    "deep-lora": Method("Deep LoRA (ICML 2024, compressed)", 3e-3, 1e-6),
+    "deep-lora": Method("Deep LoRA: U, r×r factors and V (after ICML 2024)", 6e-4, 1e-6),
     "lora": Method("LoRA, Kaiming start, scaling 1", 1e-3),
     "lora-plus": Method("LoRA with B learning 16 times as fast as A (PEFT)", 3e-4),
     "rslora": Method("LoRA scaled by 1/√r (PEFT)", 3e-4),
@@ -289,6 +291,16 @@ METHODS: dict[str, Method] = {
     "full": Method("every weight", 3e-5, offered=False),
     "none": Method("the unadapted model; its head alone is trained, where it has one", 1e-3, offered=False),
 }
+
+
+def default_learning_rate(method: str, task: "Task") -> float:
+    """The rate of a method that is given none.
+
+    Deep LoRA's is for a head that has just been put on a model. Where the pretrained output itself is adapted, it
+    learns at a sixth of that: the larger rate spoiled what was there (docs/few-labels.md).
+    """
+    lr = METHODS[method].lr
+    return lr * ADAPTED_OUTPUT if method == "deep-lora" and task.ridge_fits else lr
 
 
 def learning_rate_grid(middle: float, budget: int) -> tuple[float, ...]:

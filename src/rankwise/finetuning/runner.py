@@ -23,7 +23,7 @@ from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.data import Table, draw, read_table
 from rankwise.finetuning.head_start import fit_head
-from rankwise.finetuning.methods import adapt, create_optimizer
+from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.run_folder import RunFolder, environment
@@ -107,6 +107,8 @@ def _run(
     if settings.method == AUTO:
         settings = replace(settings, method=recommended_method(task, len(split.train)))
         console.print(f"--method auto: {settings.method} for {task.name} on {len(split.train)} rows", highlight=False)
+    if settings.lr is None:
+        settings = replace(settings, lr=default_learning_rate(settings.method, task))
     set_seed(settings.seed)
     model = load_model(task, source, revision)
     where = device()

@@ -13,7 +13,7 @@ HEAD_STARTS = ("fitted", "random")
 PRECISIONS = ("auto", "fp32", "bf16")
 SOLVERS = ("auto", "ridge", "train")
 RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
-VARIANTS = ("compressed", "spectral", "random")
+VARIANTS = ("zero-left", "compressed", "spectral", "random")
 LORA_STARTS = ("kaiming", "gaussian")
 SCHEDULES = ("linear", "constant")
 WARM_UP = 0.1  # of the steps, in the linear schedule
@@ -24,6 +24,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "solver": "train",
             "head_start": "random",
             "schedule": "constant",
+            "variant": "compressed",
+            "direction_dropout": 0.0,
             "lr": 1e-2,
             "outer_lr_ratio": 1e-2,
             "adam_eps": 1e-6,
@@ -63,13 +65,13 @@ class FinetuneSettings:
         eval_data: held-out file; otherwise the rows not drawn, or a fifth.
         eval_limit: at most this many held-out rows.
         text, text_pair, label: column names; guessed unless given.
-        r, inner_depth, init_scale, variant: the adapter, see :class:`rankwise.adapters.DeepLoraConfig`.
+        r, inner_depth, init_scale, variant, direction_dropout: the adapter, see :class:`rankwise.adapters.DeepLoraConfig`.
         lora_start: ``kaiming`` A and zero B (PEFT's), or ``gaussian``: N(0, 1) on the output side and zero on the input
             side, the baseline of the paper's code.
-        solver: how Deep LoRA finds its factors: ``train`` (the paper's: first gradient, then optimizer steps), ``ridge``
+        solver: how Deep LoRA finds its factors: ``train`` (optimizer steps), ``ridge``
             (closed form, see :mod:`rankwise.adapters.tangent`; ``steps`` and ``lr`` then count for nothing), or
             ``auto``: ridge where the task's output is one number without a head and there are at most 256 rows.
-        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given, γ = 1.
+        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given, γ = 10.
         schedule: of all rates: ``linear`` (up over the first tenth of the steps, then down to 0) or ``constant``, the
             paper's.
         init_batches: batches averaged for the gradient that places U and V.
@@ -96,11 +98,12 @@ class FinetuneSettings:
     r: int = 8
     inner_depth: int = 3
     init_scale: float = 1e-3
-    variant: str = "compressed"
+    variant: str = "zero-left"
+    direction_dropout: float = 0.3
     lora_start: str = "kaiming"
     solver: str = "auto"
     lr: float | None = None
-    outer_lr_ratio: float = 1.0
+    outer_lr_ratio: float = 10.0
     adam_eps: float | None = None
     steps: int = 200
     schedule: str = "linear"
@@ -120,6 +123,7 @@ class FinetuneSettings:
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, "a positive number", value)
         _require(0 <= self.outer_lr_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
+        _require(0 <= self.direction_dropout < 1, "direction_dropout", "at least 0, below 1", self.direction_dropout)
         _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
         _require(self.method in (AUTO, *METHODS), "method", f"one of {', '.join((AUTO, *METHODS))}", self.method)
         _require(self.head in HEADS, "head", f"one of {', '.join(HEADS)}", self.head)
@@ -157,7 +161,8 @@ class FinetuneSettings:
         if unknown:
             raise UserError(f"the run was made by another version of rankwise (unknown settings: {', '.join(unknown)})")
         try:
-            return cls(**{"schedule": "constant", **content})  # all there was before schedules could be chosen
+            # what a run followed before either could be chosen
+            return cls(**{"schedule": "constant", "direction_dropout": 0.0, **content})
         except TypeError as error:
             raise UserError(f"the run's settings are incomplete ({error}); start it again in a new folder") from None
 

@@ -298,7 +298,10 @@ class Classification(HeadTask):
         return weight, bias
 
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
-        return self._logits(model, batch).argmax(-1)
+        logits = self._logits(model, batch)
+        if not bool(torch.isfinite(logits).all()):  # argmax would make a class of them
+            raise UserError("training diverged: the model's outputs are NaN or infinite numbers; lower --lr")
+        return logits.argmax(-1)
 
     def score(self, predictions: Array, targets: Array) -> dict[str, float | None]:
         found: dict[str, float | None] = {

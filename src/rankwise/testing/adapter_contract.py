@@ -92,11 +92,13 @@ class AdapterContract:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
     def test_placing_the_frames_changes_no_bit_of_the_output(self, dtype: torch.dtype) -> None:
         model = self.adapted(dtype)
-        before = {name: layer.deeplora_left["default"].weight.clone() for name, layer in deeplora_layers(model).items()}
+        before = {
+            name: layer.deeplora_right["default"].weight.clone() for name, layer in deeplora_layers(model).items()
+        }
         initialize_deeplora_weights(model, [self.batch(dtype)], loss_fn=self.loss)
         assert torch.equal(self.outputs_of(model, dtype), self.base_outputs(dtype))
         for name, layer in deeplora_layers(model).items():
-            assert not torch.equal(layer.deeplora_left["default"].weight, before[name]), f"{name} was not placed"
+            assert not torch.equal(layer.deeplora_right["default"].weight, before[name]), f"{name} was not placed"
 
     def test_frames_are_orthonormal(self) -> None:
         model = self.adapted(torch.float64)
@@ -104,7 +106,8 @@ class AdapterContract:
             left, right = layer.deeplora_left["default"].weight, layer.deeplora_right["default"].weight
             unit = torch.eye(layer.r["default"], dtype=left.dtype)
             # The frames are drawn in float32 and stored in the base model's dtype.
-            assert (left.mT @ left - unit).abs().max() < 1e-5, name
+            gram = torch.zeros_like(unit) if self.make_config().zero_left else unit
+            assert (left.mT @ left - gram).abs().max() < 1e-5, name
             assert (right @ right.mT - unit).abs().max() < 1e-5, name
 
     # -- training ------------------------------------------------------------------------------------------------
@@ -172,8 +175,18 @@ class AdapterContract:
             model.train()
             assert not torch.equal(self.outputs(model, self.batch()), self.outputs(model, self.batch()))
 
+    def test_direction_dropout_hides_directions_from_whole_rows(self) -> None:
+        layer = next(iter(deeplora_layers(self.adapted(torch.float64, trained=True, direction_dropout=0.5)).values()))
+        hidden = layer.deeplora_direction_dropout["default"].train()
+        seen = hidden(torch.ones(40, 7, layer.r["default"], dtype=torch.float64))
+        assert torch.equal(seen, seen[:, :1].expand_as(seen))  # every token of a row alike
+        assert set(seen.unique().tolist()) == {0.0, 2.0}  # hidden, or scaled up: the mean stays
+        assert len(seen[:, 0].unique(dim=0)) > 1  # rows differ
+        x = torch.randn(3, layer.in_features, dtype=torch.float64)
+        torch.testing.assert_close(layer.eval()(x), layer.base_layer(x) + x @ dense_update(layer).mT)
+
     def test_a_new_adapter_with_dropout_is_a_no_op_in_training_too(self) -> None:
-        model = self.adapted(dropout=0.5).train()
+        model = self.adapted(dropout=0.5, direction_dropout=0.5).train()
         with torch.no_grad():
             assert torch.equal(self.outputs(model, self.batch()), self.base_outputs())
 

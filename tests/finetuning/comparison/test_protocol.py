@@ -227,7 +227,7 @@ def test_a_study_never_shrinks() -> None:
 GROWING = {"tasks", "methods", "shots", "seeds"}
 OTHER = {
     "model": "other", "budget": 3, "tune_shots": 8, "tune_seeds": 1, "split": "tuning", "eval_limit": 7,
-    "tune_limit": 7, "head": "frozen", "head_start": "random", "head_lr": 0.5, "steps": 9, "batch_size": 3, "r": 3, "max_length": 9,
+    "tune_limit": 7, "head": "frozen", "head_start": "random", "head_lr": 0.5, "schedule": "constant", "steps": 9, "batch_size": 3, "r": 3, "max_length": 9,
     "precision": "bf16", "draw": "with-replacement", "max_eval_tokens": 9, "fixed": ("lora",),
 }  # fmt: skip
 
@@ -281,3 +281,10 @@ def test_what_is_missing_is_named(tmp_path: Path) -> None:
         study_settings(str(tmp_path / "study"), {"model": "m"})
     with pytest.raises(UserError, match="unknown preset 'nature'; expected icml24-table1"):
         study_settings(str(tmp_path / "study"), {}, "nature")
+
+
+def test_a_study_made_before_schedules_keeps_its_constant_rates() -> None:
+    old = rules().to_dict()
+    del old["schedule"]
+    assert StudySettings.from_dict(old).schedule == "constant"
+    assert rules().schedule == "linear"

@@ -18,7 +18,7 @@ from rankwise.finetuning.comparison import RunSpec, StudySettings
 from rankwise.finetuning.comparison import trial as trial_module
 from rankwise.finetuning.comparison.protocol import confirm_runs, tuning_runs
 from rankwise.finetuning.comparison.trial import Rows, load_task, run_trial, split_rows, training_rows
-from rankwise.finetuning.methods import METHODS
+from rankwise.finetuning.methods import ADAPTED_OUTPUT, METHODS
 from rankwise.finetuning.models import load_model
 from rankwise.finetuning.training import predict_rows
 from tests.finetuning.comparison.tiny_studies import study, without_measurements
@@ -271,8 +271,6 @@ def test_a_run_that_diverges_is_a_failed_row(
     rules = study(tiny, tmp_path, tasks=(name,), methods=(method,), steps=steps)
     row = run_trial(rules, confirm(name, method, lr=1e30))
     json.dumps(row, allow_nan=False)
-    if (task, steps) == ("classes", 1) and method == "lora":
-        return  # the weights are finite, and so is a class number: nothing tells
     assert (row["status"], row["score"]) == ("failed", None)
     assert "diverged" in row["error"] or "NaN or infinite" in row["error"]
     assert set(row) >= FIELDS
@@ -366,3 +364,22 @@ def test_texts_longer_than_the_model_reads(tiny: SimpleNamespace, tmp_path: Path
     rules = study(tiny, tmp_path, tasks=(long,), steps=1)
     row = run_trial(rules, confirm(long, "lora"))
     assert row["status"] == "ok", row["error"]
+
+
+@pytest.mark.parametrize(
+    ("label", "fixed", "rate"),
+    [
+        ("deep-lora:train", True, METHODS["deep-lora"].lr * ADAPTED_OUTPUT),
+        ("deep-lora:train+lr=2e-3", True, 2e-3),
+        ("deep-lora:train", False, 7e-3),
+        ("lora", True, METHODS["lora"].lr),
+    ],
+)
+def test_a_fixed_method_runs_at_its_default_rate_for_the_task(
+    tiny: SimpleNamespace, tmp_path: Path, label: str, fixed: bool, rate: float
+) -> None:
+    rules = study(tiny, tmp_path, methods=(label,), fixed=(label,) if fixed else (), steps=1, batch_size=2)
+    lr = rules.grid(label)[0] if fixed else rate
+    row = run_trial(rules, RunSpec("confirm", tiny.pairs, label, 8, 0, lr))
+    assert row["status"] == "ok", row["error"]
+    assert row["lr"] == rate

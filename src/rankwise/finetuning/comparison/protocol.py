@@ -6,7 +6,16 @@ from typing import Any
 
 from rankwise.errors import UserError
 from rankwise.finetuning.methods import METHODS, learning_rate_grid
-from rankwise.finetuning.settings import HEAD_STARTS, HEADS, PRECISIONS, PRESETS, SCHEDULES, SOLVERS, VARIANTS, FinetuneSettings
+from rankwise.finetuning.settings import (
+    HEAD_STARTS,
+    HEADS,
+    PRECISIONS,
+    PRESETS,
+    SCHEDULES,
+    SOLVERS,
+    VARIANTS,
+    FinetuneSettings,
+)
 
 SPLITS = ("evaluation", "tuning")
 DRAWS = ("without-replacement", "with-replacement")
@@ -179,6 +188,10 @@ class StudySettings:
         spec = self.spec(label)
         untuned = label in self.fixed or spec.method == "none" or spec.overrides.get("solver") == "ridge"
         return (spec.middle,) if untuned else spec.grid(self.budget)
+
+    def keeps_default(self, label: str) -> bool:
+        """Whether a method runs at the rate that its defaults give it on each task."""
+        return label in self.fixed and "lr" not in self.spec(label).overrides
 
     def run_settings(self, run: RunSpec) -> FinetuneSettings:
         """The fine-tuning settings of one run."""

@@ -21,7 +21,7 @@ from rankwise.errors import UserError
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings
 from rankwise.finetuning.data import Table, draw
 from rankwise.finetuning.head_start import fit_head
-from rankwise.finetuning.methods import adapt, create_optimizer
+from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.named_tasks import NamedTask, load_named_task
 from rankwise.finetuning.settings import FinetuneSettings
@@ -156,6 +156,8 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     task.learn_scale(train)
     held_out = rows.tuning if run.phase == "tune" or study.split == "tuning" else rows.evaluation
     settings = study.run_settings(run)
+    if study.keeps_default(run.method):
+        settings = replace(settings, lr=default_learning_rate(settings.method, task))
     set_seed(run.seed)
     model = load_model(task, model_source(study.model), revision)
     model.to(device())
@@ -170,6 +172,7 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     scores = task.score(predictions, task.targets[held_out])
     metric = named.metric or task.primary_metric
     return {
+        "lr": settings.learning_rate,
         "metric": metric,
         "score": scores[metric],
         "scores": scores,
