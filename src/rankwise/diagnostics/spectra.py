@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters import DeepLoraLayer
 from rankwise.adapters.export import truncated_pair
+from rankwise.adapters.full_width import FullWidthLinear
 from rankwise.spectral import numerical_rank, rank_for_energy, stable_rank
 
 
@@ -80,6 +81,8 @@ def _pair(module: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor] | None:
     if isinstance(module, DeepLoraLayer) and adapter_name in module.deeplora_left:
         B = module.scaled_left(adapter_name)
         return B, module.factors(adapter_name).right.to(B.dtype)
+    if isinstance(module, FullWidthLinear):
+        return module.factor_pair()
     if isinstance(module, AdaLoraLayer) and adapter_name in module.lora_A:
         containers: Any = (module.lora_B, module.lora_E, module.lora_A, module.scaling, module.ranknum)
         B, E, A, scaling, ranks_left = (container[adapter_name] for container in containers)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.adapters import DeepLoraConfig, create_deeplora_optimizer
+from rankwise.adapters.full_width import add_full_width
 from rankwise.errors import UserError
 
 if TYPE_CHECKING:
@@ -35,14 +36,17 @@ def adapt(model: nn.Module, task: "Task", settings: "FinetuneSettings") -> nn.Mo
     from peft import get_peft_model
 
     build = _CONFIGS.get(settings.method)
+    left_out = task.modules_left_out(model)
     if build is None:
+        head = head_parameters(model, task)
         model.requires_grad_(settings.method == "full")
-        _set_trainable(head_parameters(model, task), settings.head == "trained")
+        if settings.method == "full-width":
+            add_full_width(model, _linear_layers(model, task, left_out), settings.inner_depth, settings.init_scale)
+        _set_trainable(head, settings.head == "trained")
         return model
     common: dict[str, Any] = {"target_modules": "all-linear", "task_type": task.peft_task_type}
-    left_out = task.modules_left_out(model)
     if settings.method == "vera":  # its configuration knows no exclude_modules
-        common["target_modules"] = _linear_layers(model, task, left_out)
+        common["target_modules"] = "|".join(map(re.escape, _linear_layers(model, task, left_out)))
     else:
         common["exclude_modules"] = left_out or None
     try:
@@ -205,15 +209,14 @@ def _riemannian(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) 
     return create_riemannian_optimizer(model, torch.optim.AdamW, **adam)
 
 
-def _linear_layers(model: nn.Module, task: "Task", left_out: list[str]) -> str:
-    """A regex of the names of all linear layers but the head's and those left out."""
+def _linear_layers(model: nn.Module, task: "Task", left_out: list[str]) -> list[str]:
+    """Names of all linear layers but the head's and those left out."""
     head = {id(p) for p in head_parameters(model, task)}
-    names = [
-        re.escape(name)
+    return [
+        name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and name not in left_out and id(module.weight) not in head
     ]
-    return "|".join(names)
 
 
 def _give_head_its_group(optimizer: torch.optim.Optimizer, head: Iterable[nn.Parameter], lr: float) -> None:
@@ -288,6 +291,7 @@ METHODS: dict[str, Method] = {
     "pissa": Method("LoRA from the weight's top singular directions (PEFT)", 3e-4, offered=False),
     "adalora": Method("LoRA with a moving rank budget (PEFT)", 3e-3, offered=False),
     "vera": Method("two trained vectors between shared random projections (PEFT)", 1e-2, offered=False),
+    "full-width": Method("Deep LoRA's factors before compression (ICML 2024, Table 1)", 1e-4, 1e-6, offered=False),
     "full": Method("every weight", 3e-5, offered=False),
     "none": Method("the unadapted model; its head alone is trained, where it has one", 1e-3, offered=False),
 }

@@ -33,6 +33,15 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "init_scale": 1e-3,
             "r": 8,
         },
+        # what the published tables were made with
+        "full-width": {
+            "head_start": "random",
+            "schedule": "constant",
+            "lr": 1e-4,
+            "adam_eps": 1e-6,
+            "inner_depth": 3,
+            "init_scale": 1e-3,
+        },
         # the paper's baseline, as its code has it
         "lora": {
             "head_start": "random",

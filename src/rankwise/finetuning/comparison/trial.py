@@ -40,7 +40,15 @@ from rankwise.spectral import rank_for_energy
 
 ROW_FORMAT = 1
 _SPLIT_SEED = 20_240_612  # which rows are set apart is part of the protocol, not of a trial
-_LORA_LIKE = ("deep-lora", "lora", "lora-plus", "rslora", "lora-riemannian", "adalora")  # ΔW is the product B·A
+_LORA_LIKE = (
+    "deep-lora",
+    "lora",
+    "lora-plus",
+    "rslora",
+    "lora-riemannian",
+    "adalora",
+    "full-width",
+)  # ΔW is the product B·A
 
 
 @dataclass(frozen=True)
