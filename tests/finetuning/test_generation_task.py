@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from rankwise.errors import UserError
-from rankwise.finetuning import TASKS, Table, make_task, read_table, tasks
+from rankwise.finetuning import TASKS, Table, make_task, read_table, text_metrics
 from rankwise.finetuning.data import Columns
 from rankwise.finetuning.models import load_model, load_tokenizer
 from rankwise.finetuning.tasks import Classification, Generation
@@ -378,4 +378,4 @@ def test_meteor_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_meteor_is_left_out_without_nltk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nltk.corpus", None)
-    assert tasks._meteor(["a"], [("a",)]) == {}
+    assert text_metrics.meteor(["a"], [("a",)]) == {}

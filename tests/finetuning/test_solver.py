@@ -17,8 +17,8 @@ from rankwise.adapters import DeepLoraLayer
 from rankwise.diagnostics import write_report
 from rankwise.errors import UserError
 from rankwise.finetuning import FinetuneSettings, finetune, make_task, read_table, resume
+from rankwise.finetuning.batching import cheapest_parts, in_parts_of_equal_length
 from rankwise.finetuning.models import load_model, load_tokenizer, model_source
-from rankwise.finetuning.tasks import cheapest_parts, in_parts_of_equal_length
 from rankwise.finetuning.training import first_batches, recommended_method, solver_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")

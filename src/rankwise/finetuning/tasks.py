@@ -3,8 +3,7 @@
 import json
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from itertools import zip_longest
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,9 @@ from sklearn import metrics
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
+from rankwise.finetuning.batching import Array, Batch, in_parts_of_equal_length
 from rankwise.finetuning.data import Table, numeric_labels
-
-Batch = dict[str, Any]
-Array = Any  # numpy array of floats or ints
+from rankwise.finetuning.text_metrics import bleu, meteor, require_text_metrics, rouge
 
 
 class Task(ABC):
@@ -80,55 +78,6 @@ class Task(ABC):
             return_tensors="pt",
         )
         return dict(encoded)
-
-
-_CALL = 48  # padding tokens that cost as much as one more call of the model on a CPU
-
-
-def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor:
-    """``run`` on the batch's tokens, on a CPU in parts of similar length, the rows put back in order.
-
-    A batch padded to its longest text is largely padding. Rows of an encoder do not see each other, so the parts give the
-    same outputs and the same gradient (dropout draws differ) for less work.
-    Right-padded batches only; a GPU gets the batch whole.
-    """
-    inputs = {key: value for key, value in batch.items() if key != "targets"}
-    mask = inputs.get("attention_mask")
-    if mask is None or mask.device.type != "cpu" or not bool(mask[:, 0].all()):
-        return run(inputs)
-    lengths = mask.sum(1)
-    order = lengths.argsort(stable=True)
-    sizes = cheapest_parts(lengths[order].numpy())
-    if len(sizes) == 1:
-        return run(inputs)
-    parts = [
-        run({key: value[rows, : int(lengths[rows].max())] for key, value in inputs.items()})
-        for rows in order.split(sizes)
-    ]
-    return torch.cat(parts)[order.argsort()]
-
-
-def cheapest_parts(lengths: Array, call: int = _CALL) -> list[int]:
-    """Sizes of consecutive parts of ascending ``lengths`` for which Σ (rows · longest + call) is smallest.
-
-    Example:
-        >>> from rankwise.finetuning.tasks import cheapest_parts
-        >>> cheapest_parts([10, 11, 90, 100])
-        [2, 2]
-    """
-    lengths = np.asarray(lengths)
-    count = len(lengths)
-    cost, last = np.zeros(count + 1), np.zeros(count + 1, dtype=int)
-    for end in range(1, count + 1):
-        options = cost[:end] + (end - np.arange(end)) * lengths[end - 1] + call
-        last[end] = options.argmin()
-        cost[end] = options[last[end]]
-    sizes: list[int] = []
-    end = count
-    while end:
-        sizes.insert(0, int(end - last[end]))
-        end = int(last[end])
-    return sizes
 
 
 class PairSimilarity(Task):
@@ -385,7 +334,7 @@ class Generation(Task):
     def __init__(self, table: Table, tokenizer: Any, max_length: int, *, beams: int = 1):
         if beams < 1:
             raise UserError(f"beams must be at least 1, got {beams}")
-        _require_text_metrics()  # now, and not after hours of training
+        require_text_metrics()
         super().__init__(table, tokenizer, max_length)
         self.beams = beams
 
@@ -452,7 +401,7 @@ class Generation(Task):
         references = [_references(target) for target in targets]
         if len(texts) != len(references):
             raise ValueError(f"{len(texts)} predictions for {len(references)} targets")
-        return {"bleu": _bleu(texts, references), **_rouge(texts, references), **_meteor(texts, references)}
+        return {"bleu": bleu(texts, references), **rouge(texts, references), **meteor(texts, references)}
 
 
 TASKS: dict[str, type[Task]] = {task.name: task for task in (PairSimilarity, Classification, Regression, Generation)}
@@ -516,62 +465,8 @@ def _correlations(predictions: Array, targets: Array) -> dict[str, float | None]
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
 
 
-_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
-
-
 def _references(label: Any) -> tuple[str, ...]:
     """The texts of a label: a tuple, so that labels can be compared and counted."""
     label = label.tolist() if isinstance(label, np.ndarray) else label
     texts = label if isinstance(label, list | tuple) else [label]
     return tuple("" if text is None else str(_plain(text)) for text in texts)
-
-
-def _require_text_metrics() -> None:
-    try:
-        import rouge_score.rouge_scorer  # noqa: F401
-        import sacrebleu  # noqa: F401
-    except ImportError as error:
-        raise UserError(
-            f"scoring generated text needs more packages ({error.name} is missing): pip install 'rankwise[generation]'"
-        ) from None
-
-
-def _bleu(texts: list[str], references: list[tuple[str, ...]]) -> float | None:
-    import sacrebleu
-
-    if not texts:
-        return None
-    # sacrebleu wants the first references of all rows, then the second ...; None where a row has no more
-    by_rank = [list(stream) for stream in zip_longest(*references)]
-    score = sacrebleu.corpus_bleu(texts, by_rank, force=True).score  # force: no advice on tokenized text in the log
-    return min(float(score) / 100, 1.0)  # a perfect score comes as 100.00000000000004
-
-
-def _rouge(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float | None]:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    if not texts:
-        return dict.fromkeys(_ROUGE)
-    scorer = RougeScorer(list(_ROUGE))
-    rows = [scorer.score_multi(list(known), text) for text, known in zip(texts, references, strict=True)]
-    return {name: float(np.mean([row[name].fmeasure for row in rows])) for name in _ROUGE}
-
-
-def _meteor(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float | None]:
-    """Empty where WordNet is not on the machine."""
-    try:
-        from nltk.corpus import wordnet
-        from nltk.tokenize import NLTKWordTokenizer
-        from nltk.translate.meteor_score import meteor_score
-
-        wordnet.ensure_loaded()
-    except (ImportError, LookupError):
-        return {}
-    if not texts:
-        return {"meteor": None}
-    words = NLTKWordTokenizer().tokenize  # word_tokenize would look for a sentence model
-    rows = [
-        meteor_score([words(known) for known in several], words(text), wordnet=wordnet)
-        for text, several in zip(texts, references, strict=True)
-    ]
-    return {"meteor": float(np.mean(rows))}
