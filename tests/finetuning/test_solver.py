@@ -77,7 +77,7 @@ def test_solving_for_a_random_head_is_refused(tiny: SimpleNamespace, tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize(("data", "expected"), [("pairs", "deep-lora"), ("classes", "lora")])
+@pytest.mark.parametrize(("data", "expected"), [("pairs", "deep-lora"), ("classes", "deep-lora"), ("ratings", "lora")])
 def test_auto_takes_what_measured_best_and_says_so(
     tiny: SimpleNamespace, tmp_path: Path, data: str, expected: str
 ) -> None:

@@ -13,6 +13,7 @@ HEAD_STARTS = ("fitted", "random")
 PRECISIONS = ("auto", "fp32", "bf16")
 SOLVERS = ("auto", "ridge", "train")
 RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
+MEASURED_ROWS = 256  # labelled rows up to which `--method auto` has evidence for classification
 VARIANTS = ("zero-left", "compressed", "spectral", "random")
 LORA_STARTS = ("kaiming", "gaussian")
 SCHEDULES = ("linear", "constant")

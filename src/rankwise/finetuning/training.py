@@ -21,8 +21,8 @@ from rankwise.adapters import (
 from rankwise.errors import UserError
 from rankwise.finetuning import methods
 from rankwise.finetuning.precision import autocast
-from rankwise.finetuning.settings import RIDGE_ROWS, WARM_UP, FinetuneSettings
-from rankwise.finetuning.tasks import Batch, Task
+from rankwise.finetuning.settings import MEASURED_ROWS, RIDGE_ROWS, WARM_UP, FinetuneSettings
+from rankwise.finetuning.tasks import Batch, Classification, Task
 from rankwise.finetuning.trainer import Positions, TaskTrainer
 
 _EVALUATION_BATCH = 64
@@ -55,8 +55,12 @@ def place_frames(
 
 
 def recommended_method(task: Task, rows: int) -> str:
-    """What `--method auto` takes (docs/few-labels.md): Deep LoRA where it can be solved for, LoRA where both must train."""
-    return "deep-lora" if _can_be_solved(task, rows) else "lora"
+    """What `--method auto` takes (docs/few-labels.md): Deep LoRA where it was measured to be ahead, LoRA elsewhere.
+
+    That is pair similarity on rows few enough to solve for, and classification with as few.
+    """
+    measured = isinstance(task, Classification) and rows <= MEASURED_ROWS
+    return "deep-lora" if _can_be_solved(task, rows) or measured else "lora"
 
 
 def _can_be_solved(task: Task, rows: int) -> bool:
