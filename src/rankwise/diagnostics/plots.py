@@ -210,7 +210,7 @@ def scores_by_labels_figure(panels: Sequence[dict[str, Any]], series: Sequence[S
         series: in the order of the legend; one with ``reference`` true is drawn dashed and without bars.
     """
     with matplotlib.rc_context(_STYLE):
-        columns = min(3, len(panels))
+        columns = 2 if len(panels) == 4 else min(3, len(panels))  # no panel alone in a row
         rows = -(-len(panels) // columns)
         figure = Figure(figsize=(7.2, 0.7 + 2.5 * rows))
         grid = figure.subplots(rows, columns, squeeze=False).ravel()
