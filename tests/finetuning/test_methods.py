@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from rankwise.errors import UserError
 from rankwise.finetuning import FinetuneSettings, make_task, methods, read_table
 from rankwise.finetuning.methods import (
+    FRAMES_LR,
     LORA_PLUS_RATIO,
     METHODS,
     AdaLoraBudget,
@@ -511,9 +512,19 @@ def test_rates_rise_over_the_first_tenth_and_fall_to_zero(
 
 
 def test_deep_lora_learns_slower_where_the_output_is_there_already(tasks: dict[str, Task]) -> None:
-    pairs, classes = (default_learning_rate("deep-lora", tasks[kind]) for kind in ("pair-similarity", "classification"))
-    assert 0 < pairs < classes == METHODS["deep-lora"].lr
-    assert {default_learning_rate("lora", task) for task in tasks.values()} == {METHODS["lora"].lr}
+    def rate(method: str, kind: str, **changes: Any) -> float:
+        return default_learning_rate(settings(method, lr=None, **changes), tasks[kind])
+
+    assert 0 < rate("deep-lora", "pair-similarity") < rate("deep-lora", "classification") == METHODS["deep-lora"].lr
+    assert rate("lora", "pair-similarity") == rate("lora", "classification") == METHODS["lora"].lr
+
+
+@pytest.mark.parametrize("variant", ["compressed", "spectral", "random"])
+def test_placed_frames_have_rates_of_their_own(tasks: dict[str, Task], variant: str) -> None:
+    chosen = settings("deep-lora", lr=None, outer_lr_ratio=None, variant=variant)
+    rates = {default_learning_rate(chosen, task) for task in tasks.values()}
+    assert rates == {chosen.learning_rate} == {FRAMES_LR}
+    assert (chosen.outer_ratio, settings("deep-lora", outer_lr_ratio=None).outer_ratio) == (1.0, 10.0)
 
 
 def test_settings_of_older_runs_mean_what_they_meant() -> None:
@@ -522,3 +533,9 @@ def test_settings_of_older_runs_mean_what_they_meant() -> None:
         del old[later]
     loaded = FinetuneSettings.from_dict(old)
     assert (loaded.schedule, loaded.direction_dropout, loaded.variant) == ("constant", 0.0, "compressed")
+
+
+def test_a_u_that_starts_at_zero_cannot_be_frozen() -> None:
+    with pytest.raises(UserError, match="--outer-lr-ratio must be above 0 with --variant zero-left"):
+        settings("deep-lora", outer_lr_ratio=0.0)
+    assert settings("deep-lora", variant="random", outer_lr_ratio=0.0).outer_ratio == 0

@@ -62,7 +62,10 @@ def finetune(
     ] = 8,
     inner_depth: Annotated[int | None, typer.Option(help="Inner factors (3).", rich_help_panel=_ADAPTER)] = None,
     init_scale: Annotated[
-        float | None, typer.Option(help="Inner factors start at this times I (1e-3).", rich_help_panel=_ADAPTER)
+        float | None,
+        typer.Option(
+            help="Inner factors of the other variants start at this times I (1e-3).", rich_help_panel=_ADAPTER
+        ),
     ] = None,
     variant: Annotated[
         str | None,
@@ -95,7 +98,10 @@ def finetune(
     ] = None,
     outer_lr_ratio: Annotated[
         float | None,
-        typer.Option(help="Rate of U and V over the inner factors' (10); 0 freezes them.", rich_help_panel=_TRAINING),
+        typer.Option(
+            help="Rate of U and V over the inner factors' (10; other variants 1); 0 freezes them.",
+            rich_help_panel=_TRAINING,
+        ),
     ] = None,
     head: Annotated[
         str,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from rankwise.adapters import DeepLoraConfig, create_deeplora_optimizer
+from rankwise.adapters.config import ZERO_LEFT
 from rankwise.adapters.full_width import add_full_width
 from rankwise.errors import UserError
 
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from rankwise.finetuning.settings import FinetuneSettings
     from rankwise.finetuning.tasks import Task
 
+FRAMES_LR = 3e-3  # Deep LoRA from ε·I between placed frames: its inner factors do the learning
 ADAPTED_OUTPUT = 1 / 6  # Deep LoRA's rate for an output that is there already, over that for a new head
 LORA_PLUS_RATIO = 16.0  # the LoRA+ paper's recommendation: B learns sixteen times as fast as A
 
@@ -194,7 +196,7 @@ def _adamw(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any])
 
 
 def _deep_lora_optimizer(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
-    return create_deeplora_optimizer(model, torch.optim.AdamW, outer_lr_ratio=settings.outer_lr_ratio, **adam)
+    return create_deeplora_optimizer(model, torch.optim.AdamW, outer_lr_ratio=settings.outer_ratio, **adam)
 
 
 def _lora_plus(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
@@ -297,14 +299,20 @@ METHODS: dict[str, Method] = {
 }
 
 
-def default_learning_rate(method: str, task: "Task") -> float:
-    """The rate of a method that is given none.
+def usual_learning_rate(method: str, variant: str = ZERO_LEFT) -> float:
+    """Where a search for a method's rate starts; Deep LoRA between placed frames has another than from U = 0."""
+    return FRAMES_LR if method == "deep-lora" and variant != ZERO_LEFT else METHODS[method].lr
+
+
+def default_learning_rate(settings: "FinetuneSettings", task: "Task") -> float:
+    """The rate of a run that is given none.
 
     Deep LoRA's is for a head that has just been put on a model. Where the pretrained output itself is adapted, it
     learns at a sixth of that: the larger rate spoiled what was there (docs/few-labels.md).
     """
-    lr = METHODS[method].lr
-    return lr * ADAPTED_OUTPUT if method == "deep-lora" and task.ridge_fits else lr
+    lr = usual_learning_rate(settings.method, settings.variant)
+    gentle = settings.method == "deep-lora" and settings.variant == ZERO_LEFT and task.ridge_fits
+    return lr * ADAPTED_OUTPUT if gentle else lr
 
 
 def learning_rate_grid(middle: float, budget: int) -> tuple[float, ...]:

@@ -108,7 +108,7 @@ def _run(
         settings = replace(settings, method=recommended_method(task, len(split.train)))
         console.print(f"--method auto: {settings.method} for {task.name} on {len(split.train)} rows", highlight=False)
     if settings.lr is None:
-        settings = replace(settings, lr=default_learning_rate(settings.method, task))
+        settings = replace(settings, lr=default_learning_rate(settings, task))
     set_seed(settings.seed)
     model = load_model(task, source, revision)
     where = device()

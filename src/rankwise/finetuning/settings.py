@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import UserError
-from rankwise.finetuning.methods import METHODS
+from rankwise.finetuning.methods import METHODS, ZERO_LEFT, usual_learning_rate
 
 AUTO = "auto"
 HEADS = ("trained", "frozen")
@@ -81,7 +81,8 @@ class FinetuneSettings:
         solver: how Deep LoRA finds its factors: ``train`` (optimizer steps), ``ridge``
             (closed form, see :mod:`rankwise.adapters.tangent`; ``steps`` and ``lr`` then count for nothing), or
             ``auto``: ridge where the task's output is one number without a head and there are at most 256 rows.
-        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given, γ = 10.
+        lr, outer_lr_ratio, adam_eps: η, γ and Adam's eps; the method's defaults unless given; γ = 10
+            with the zero-left variant, else 1.
         schedule: of all rates: ``linear`` (up over the first tenth of the steps, then down to 0) or ``constant``, the
             paper's.
         init_batches: batches averaged for the gradient that places U and V.
@@ -113,7 +114,7 @@ class FinetuneSettings:
     lora_start: str = "kaiming"
     solver: str = "auto"
     lr: float | None = None
-    outer_lr_ratio: float = 10.0
+    outer_lr_ratio: float | None = None
     adam_eps: float | None = None
     steps: int = 200
     schedule: str = "linear"
@@ -132,7 +133,9 @@ class FinetuneSettings:
         for name in ("lr", "head_lr", "adam_eps", "init_scale"):
             value = getattr(self, name)
             _require(value is None or 0 < value < float("inf"), name, "a positive number", value)
-        _require(0 <= self.outer_lr_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
+        _require(0 <= self.outer_ratio < float("inf"), "outer_lr_ratio", "0 or more", self.outer_lr_ratio)
+        frozen = self.method == "deep-lora" and self.variant == ZERO_LEFT and self.outer_ratio == 0
+        _require(not frozen, "outer_lr_ratio", f"above 0 with --variant {ZERO_LEFT}, whose U starts at zero", 0)
         _require(0 <= self.direction_dropout < 1, "direction_dropout", "at least 0, below 1", self.direction_dropout)
         _require(0 <= self.seed < 2**32, "seed", "between 0 and 2^32 - 1", self.seed)
         _require(self.method in (AUTO, *METHODS), "method", f"one of {', '.join((AUTO, *METHODS))}", self.method)
@@ -146,7 +149,11 @@ class FinetuneSettings:
 
     @property
     def learning_rate(self) -> float:
-        return self.lr if self.lr is not None else METHODS[self.method].lr
+        return self.lr if self.lr is not None else usual_learning_rate(self.method, self.variant)
+
+    @property
+    def outer_ratio(self) -> float:
+        return self.outer_lr_ratio if self.outer_lr_ratio is not None else 10.0 if self.variant == ZERO_LEFT else 1.0
 
     @property
     def epsilon(self) -> float:

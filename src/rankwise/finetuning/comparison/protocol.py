@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from rankwise.errors import UserError
-from rankwise.finetuning.methods import METHODS, learning_rate_grid
+from rankwise.finetuning.methods import METHODS, ZERO_LEFT, learning_rate_grid, usual_learning_rate
 from rankwise.finetuning.settings import (
     HEAD_STARTS,
     HEADS,
@@ -77,7 +77,8 @@ class MethodSpec:
     @property
     def middle(self) -> float:
         """The method's default learning rate, unless an option sets another."""
-        return float(self.overrides.get("lr", METHODS[self.method].lr))
+        usual = usual_learning_rate(self.method, self.overrides.get("variant", ZERO_LEFT))
+        return float(self.overrides.get("lr", usual))
 
     def grid(self, budget: int) -> tuple[float, ...]:
         """The rates to tune on."""

@@ -165,7 +165,7 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
     held_out = rows.tuning if run.phase == "tune" or study.split == "tuning" else rows.evaluation
     settings = study.run_settings(run)
     if study.keeps_default(run.method):
-        settings = replace(settings, lr=default_learning_rate(settings.method, task))
+        settings = replace(settings, lr=default_learning_rate(settings, task))
     set_seed(run.seed)
     model = load_model(task, model_source(study.model), revision)
     model.to(device())
