@@ -18,10 +18,9 @@ class DeepLoraConfig(PeftConfig):
     """Deep LoRA: y = W₀x + U(W̃_L⋯W̃_1 − ε^L·I)Vᵀx (ICML 2024, eq. 12, compressed as in §2.3).
 
     The defaults depart from the paper, by what docs/few-labels.md measured: U starts at zero between random directions
-    and inner factors I (``variant="zero-left"``), so that the update grows in every direction from the first step, and
-    each training row sees the adapter without a random part of its directions (``direction_dropout``).
-    The update then needs no shift, and ε counts for nothing. ``DeepLoraConfig(variant="compressed",
-    direction_dropout=0)`` is the paper's.
+    and inner factors I (``variant="zero-left"``), so that the update grows in every direction from the first step; it is
+    zero without the shift, and ε counts for nothing. Each training row sees the adapter without a random part of its
+    directions (``direction_dropout``). ``DeepLoraConfig(variant="compressed", direction_dropout=0)`` is the paper's.
 
     ``r`` is the width of U and V, so an adapter with ``r=8`` has LoRA's size at r=8 plus ``inner_depth·r²`` numbers a
     layer. There is no α: the update needs no scale, and the rank that training leaves in it is usually far below r.

@@ -186,10 +186,8 @@ def _export(
     layers: list[LayerExport] = []
     for name, (left, inner, right) in factors.items():
         stored = compute_dtype(inner.dtype)
-        B, A = (
-            scaled_left(left.detach(), inner.detach(), stored_scale(config.init_scale, config.zero_left)),
-            right.detach().to(stored),
-        )
+        scale = stored_scale(config.init_scale, config.zero_left)
+        B, A = scaled_left(left.detach(), inner.detach(), scale), right.detach().to(stored)
         require_finite(B, f"the adapter of {name}")
         require_finite(A, f"the adapter of {name}")
         U, S, Vh = truncated_pair(B, A)

@@ -5,6 +5,7 @@ hold hundreds of times the numbers of an adapter, so this is no PEFT method: not
 """
 
 from collections.abc import Iterable
+from functools import reduce
 from itertools import pairwise
 
 import torch
@@ -47,7 +48,8 @@ class FullWidthLinear(nn.Module):
     def factor_pair(self) -> tuple[Float[Tensor, "m d"], Float[Tensor, "d n"]]:
         """ΔW as W_L⋯W_2 and W_1 (I and W_1 for a single factor)."""
         first, *others = self.deep.weights
-        return DeepLinear(others).product() if others else torch.eye(first.shape[0]).to(first), first
+        start = torch.eye(first.shape[0]).to(first)
+        return reduce(lambda below, weight: weight @ below, others, start), first
 
 
 def add_full_width(model: nn.Module, names: Iterable[str], depth: int, init_scale: float) -> None:

@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from rankwise.adapters.config import STARTS, ZERO_LEFT
 from rankwise.errors import UserError
-from rankwise.finetuning.methods import METHODS, ZERO_LEFT, usual_learning_rate
+from rankwise.finetuning.methods import METHODS, usual_learning_rate
 
 AUTO = "auto"
 HEADS = ("trained", "frozen")
@@ -14,7 +15,7 @@ PRECISIONS = ("auto", "fp32", "bf16")
 SOLVERS = ("auto", "ridge", "train")
 RIDGE_ROWS = 256  # labelled rows up to which `auto` solves: the kernel's cost grows with their square
 MEASURED_ROWS = 256  # labelled rows up to which `--method auto` has evidence for classification
-VARIANTS = ("zero-left", "compressed", "spectral", "random")
+VARIANTS = STARTS
 LORA_STARTS = ("kaiming", "gaussian")
 SCHEDULES = ("linear", "constant")
 WARM_UP = 0.1  # of the steps, in the linear schedule
@@ -109,7 +110,7 @@ class FinetuneSettings:
     r: int = 8
     inner_depth: int = 3
     init_scale: float = 1e-3
-    variant: str = "zero-left"
+    variant: str = ZERO_LEFT
     direction_dropout: float = 0.3
     lora_start: str = "kaiming"
     solver: str = "auto"

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
+from rankwise.adapters.config import ZERO_LEFT
 from rankwise.errors import UserError
-from rankwise.finetuning.methods import METHODS, ZERO_LEFT, learning_rate_grid, usual_learning_rate
+from rankwise.finetuning.methods import METHODS, learning_rate_grid, usual_learning_rate
 from rankwise.finetuning.settings import (
     HEAD_STARTS,
     HEADS,
