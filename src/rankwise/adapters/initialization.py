@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.config import ZERO_LEFT
-from rankwise.adapters.files import save_tensors
+from rankwise.files import save_tensors
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
 from rankwise.adapters.layer import DeepLoraLayer
 from rankwise.factorizations import InvariantSubspaces, invariant_subspaces

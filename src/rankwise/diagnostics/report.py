@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.adapters.files import write_json
+from rankwise.files import write_json
 from rankwise.diagnostics import page
 from rankwise.diagnostics.page import number
 from rankwise.errors import UserError

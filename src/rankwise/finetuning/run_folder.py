@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import __version__
-from rankwise.adapters.files import write_json
+from rankwise.files import write_json
 from rankwise.errors import UserError
 
 FORMAT_VERSION = 1

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import set_seed
 
 from rankwise.adapters import save_as_lora
-from rankwise.adapters.files import replacing_folder
+from rankwise.files import replacing_folder
 from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
 from rankwise.finetuning.data import Table, draw, read_table

@@ -13,7 +13,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from rankwise.adapters.files import write_json
+from rankwise.files import write_json
 from rankwise.errors import UserError
 from rankwise.finetuning.comparison.progress import counting
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings, confirm_runs, tuning_runs, units

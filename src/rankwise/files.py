@@ -1,4 +1,4 @@
-"""Writing adapter files so that nothing is ever half-written."""
+"""Writing files so that nothing is ever half-written."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     try:
         yield temporary
-        temporary.chmod(0o755)  # mkdtemp makes it private; an adapter folder is shared like any other
+        temporary.chmod(0o755)  # mkdtemp makes it private; the folder is shared like any other
         if target.exists():
             target.rmdir()
         os.replace(temporary, target)
