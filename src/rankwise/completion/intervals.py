@@ -1,0 +1,71 @@
+"""Split-conformal intervals: held-out errors, in units of the spread that the model expects at each entry."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankwise.completion.observations import Observations
+from rankwise.completion.options import SolverOptions
+from rankwise.completion.solver import held_out_mask, solve
+
+_MOST_SCORES = 20_000
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Errors on entries that a fit had not seen.
+
+    Attributes:
+        scores: |error| / spread, rising; at most 20,000 of them.
+        rmse: root mean square of the errors.
+        rmse_interval: 95 % interval of ``rmse`` over which entries were held out.
+        baseline_rmse: the same for intercepts alone.
+        count: held-out entries.
+    """
+
+    scores: NDArray[np.float64]
+    rmse: float
+    rmse_interval: tuple[float, float]
+    baseline_rmse: float
+    count: int
+
+    def half_width(self, level: float) -> float:
+        """The factor on the spread that covers a new entry with probability ≥ ``level`` (Vovk et al. 2005).
+
+        The ⌈(n + 1)·level⌉-th smallest of n scores; infinite where so few were held out that no score is enough.
+        """
+        place = int(np.ceil((len(self.scores) + 1) * level))
+        return float(self.scores[place - 1]) if place <= len(self.scores) else float("inf")
+
+
+def calibrate(observations: Observations, options: SolverOptions, fraction: float, seed: int) -> Calibration:
+    """Fit without ``fraction`` of the entries, drawn at random, and score those.
+
+    The intervals are then used around the fit to all entries, which errs less: they cover a little more than they say.
+
+    Raises:
+        UserError: only one entry is observed.
+    """
+    hidden = held_out_mask(observations.count, fraction, seed)
+    solution = solve(observations.subset(~hidden), options)
+    row, column = observations.row_of_each()[hidden], observations.columns[hidden]
+    truth = observations.values[hidden].astype(np.float64)
+    error = np.abs(truth - solution.at(row, column))
+    spread = np.maximum(solution.spread_at(row, column), np.finfo(np.float64).tiny)
+    rng = np.random.default_rng(seed)
+    scores = error / spread
+    if len(scores) > _MOST_SCORES:
+        scores = rng.choice(scores, _MOST_SCORES, replace=False)
+    squares = error**2
+    again = [float(np.mean(rng.choice(squares, min(len(squares), _MOST_SCORES)))) for _ in range(200)]
+    widen = np.sqrt(min(1.0, _MOST_SCORES / len(squares)))  # resamples smaller than the whole vary more than it would
+    center = float(np.mean(squares))
+    low, high = (center + widen * (np.quantile(again, q) - center) for q in (0.025, 0.975))
+    return Calibration(
+        np.sort(scores),
+        center**0.5,
+        (max(0.0, low) ** 0.5, max(0.0, high) ** 0.5),
+        float(np.sqrt(np.mean((truth - solution.fallback.at(row, column)) ** 2))),
+        len(error),
+    )

@@ -1,0 +1,354 @@
+"""Loops over the observed entries, compiled by numba where it is installed.
+
+Every kernel works on one orientation of :class:`~rankwise.completion.observations.Observations`: entries of row i are
+``starts[i] : starts[i + 1]``, entry p lies in column ``columns[p]``. Given the other orientation the same kernel works
+on columns. Rows are independent, so the result does not depend on the number of threads. Without numba the same
+functions come from ``kernels_without_numba`` (sparse matrix products, several times slower).
+
+Shapes: nnz entries, m rows, n columns, k the width of a factor.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rankwise.completion import kernels_without_numba as plain
+
+try:
+    import numba
+except ImportError:  # the plain kernels give the same numbers
+    numba = None
+
+Array = NDArray[np.floating]
+Index = NDArray[np.integer]
+
+# reassociation lets the dot products use vector instructions; NaN and infinity keep their meaning, so divergence shows
+_OPTIONS = {"cache": True, "nogil": True, "error_model": "numpy", "fastmath": {"contract", "reassoc", "nsz", "arcp"}}
+# below this much work, threads cost more than they bring (a fork and join takes up to milliseconds on a busy machine)
+_FEW_OPERATIONS = 20_000_000
+
+
+def ridge_rows(
+    starts: Index, columns: Index, values: Array, factor: Array, penalty: Array, per_entry: Array, shift: Array
+) -> tuple[Array, Array, Array]:
+    """Every row's ridge regression on the factors of its observed columns.
+
+    w_i = argmin Σ_j (y_ij − x_j·w)² + wᵀ(P + n_i·Q)w − 2 n_i·h·w, over the n_i observed j of row i: one alternating
+    least-squares half-step, and the fold-in of an unseen row.
+
+    Args:
+        starts: (m + 1,).
+        columns: (nnz,).
+        values: y, (nnz,).
+        factor: x, (n, k).
+        penalty: P, (k, k) symmetric.
+        per_entry: Q, (k, k) symmetric, zero where the columns' factors are taken as exact.
+        shift: h, (k,).
+
+    Returns:
+        w (m, k), the lower Cholesky factors of the normal matrices (m, k, k), and the residuals y − x·w (nnz,).
+    """
+    rows, width = len(starts) - 1, factor.shape[1]
+    solution = np.empty((rows, width), factor.dtype)
+    triangles = np.empty((rows, width, width), factor.dtype)
+    residual = np.empty(len(values), factor.dtype)
+    with _threads_for(len(values) * width * width):
+        _ridge_rows(starts, columns, values, factor, penalty, per_entry, shift, solution, triangles, residual)
+    return solution, triangles, residual
+
+
+def project_out_rows(
+    starts: Index, columns: Index, left: Array, right: Array, triangles: Array, direction: Array
+) -> Array:
+    """What a change of the column factors changes in the entries once every row has refitted.
+
+    z_ij = l_i·b_j minus its ridge fit by row i on r_j: the Jacobian of variable projection, Kaufman's form
+    (Golub & Pereyra 2003).
+
+    Args:
+        left: l, (m, k).
+        right: r, (n, k).
+        triangles: (m, k, k) from :func:`ridge_rows` at ``right``.
+        direction: b, (n, k).
+
+    Returns:
+        z, (nnz,) in the order of ``columns``.
+    """
+    change = np.empty(len(columns), right.dtype)
+    with _threads_for(len(columns) * right.shape[1] * 4):
+        _project_out_rows(starts, columns, left, right, triangles, direction, change)
+    return change
+
+
+def gather_columns(column_starts: Index, rows: Index, order: Index, left: Array, values: Array) -> Array:
+    """Zᵀ·left for the sparse Z of ``values``: (n, k), the gradient on the column side.
+
+    Args:
+        column_starts: (n + 1,).
+        rows: (nnz,) in column order.
+        order: (nnz,) position in ``values`` of each entry in column order.
+        left: (m, k).
+        values: (nnz,) in row order.
+    """
+    total = np.empty((len(column_starts) - 1, left.shape[1]), left.dtype)
+    with _threads_for(len(rows) * left.shape[1]):
+        _gather_columns(column_starts, rows, order, left, values, total)
+    return total
+
+
+def block_triangles(starts: Index, columns: Index, factor: Array, penalty: Array) -> Array:
+    """(m, k, k) lower Cholesky factors of Σ_j x_j x_jᵀ + diag(penalty), one block a row."""
+    triangles = np.empty((len(starts) - 1, factor.shape[1], factor.shape[1]), factor.dtype)
+    with _threads_for(len(columns) * factor.shape[1] ** 2):
+        _block_triangles(starts, columns, factor, penalty, triangles)
+    return triangles
+
+
+def solve_blocks(triangles: Array, right_hand_sides: Array) -> Array:
+    """(m, k) solutions of the m systems whose Cholesky factors are given."""
+    solution = np.empty_like(right_hand_sides)
+    with _threads_for(triangles.size):
+        _solve_blocks(triangles, right_hand_sides, solution)
+    return solution
+
+
+def posterior_rows(
+    starts: Index,
+    columns: Index,
+    values: Array,
+    means: Array,
+    covariances: Array,
+    prior: Array,
+    precision: float,
+) -> tuple[Array, Array, Array]:
+    """Gaussian posterior of every row's intercept and factor, the columns' being uncertain themselves.
+
+    Model y_ij = b_i + c_j + f_i·g_j + noise. ``means`` holds (c_j, E g_j), ``covariances`` their joint covariance; the
+    prior of (b_i, f_i) is N(0, diag(1/prior)) (variational matrix factorization, Lim & Teh 2007, with intercepts).
+
+    Args:
+        means: (n, 1 + k).
+        covariances: (n, 1 + k, 1 + k).
+        prior: (1 + k,) prior precisions.
+        precision: 1/σ² of the noise.
+
+    Returns:
+        means (m, 1 + k), covariances (m, 1 + k, 1 + k) and, one a row, the expected squared residuals Σ_j E(y − ŷ)².
+    """
+    rows, width = len(starts) - 1, means.shape[1]
+    mean = np.empty((rows, width), means.dtype)
+    covariance = np.empty((rows, width, width), means.dtype)
+    squares = np.empty(rows, np.float64)
+    with _threads_for(len(values) * width * width):
+        _posterior_rows(starts, columns, values, means, covariances, prior, precision, mean, covariance, squares)
+    return mean, covariance, squares
+
+
+def entries_at(rows: Index, columns: Index, left: Array, right: Array) -> Array:
+    """left[rows]·right[columns], (nnz,), without gathering the factors first."""
+    product = np.empty(len(rows), np.result_type(left, right))
+    with _threads_for(len(rows) * left.shape[1]):
+        _entries_at(rows, columns, left, right, product)
+    return product
+
+
+@contextmanager
+def _threads_for(operations: int) -> Iterator[None]:
+    """One thread where the work is too little to share."""
+    if numba is None or operations >= _FEW_OPERATIONS:
+        yield
+        return
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """At most ``count`` threads in the compiled kernels; None leaves numba's own number."""
+    if numba is None or count is None:
+        yield
+        return
+    before = numba.get_num_threads()
+    numba.set_num_threads(max(1, min(count, numba.config.NUMBA_NUM_THREADS)))
+    try:
+        yield
+    finally:
+        numba.set_num_threads(before)
+
+
+if numba is None:
+    _ridge_rows: Any = plain.ridge_rows
+    _project_out_rows: Any = plain.project_out_rows
+    _gather_columns: Any = plain.gather_columns
+    _block_triangles: Any = plain.block_triangles
+    _solve_blocks: Any = plain.solve_blocks
+    _posterior_rows: Any = plain.posterior_rows
+    _entries_at: Any = plain.entries_at
+else:
+
+    @numba.njit(**_OPTIONS)
+    def _cholesky(H: Array) -> None:  # in place, lower; right-looking, so the inner loop is a vector update
+        k = H.shape[0]
+        for a in range(k):
+            pivot = np.sqrt(H[a, a])
+            for b in range(a, k):
+                H[b, a] /= pivot
+            for b in range(a + 1, k):
+                h = H[b, a]
+                for c in range(a + 1, b + 1):
+                    H[b, c] -= h * H[c, a]
+
+    @numba.njit(**_OPTIONS)
+    def _substitute(H: Array, x: Array) -> None:
+        k = H.shape[0]
+        for a in range(k):
+            t = x[a]
+            for c in range(a):
+                t -= H[a, c] * x[c]
+            x[a] = t / H[a, a]
+        for a in range(k - 1, -1, -1):
+            t = x[a]
+            for c in range(a + 1, k):
+                t -= H[c, a] * x[c]
+            x[a] = t / H[a, a]
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _ridge_rows(starts, columns, values, factor, penalty, per_entry, shift, solution, triangles, residual):  # type: ignore[no-untyped-def]
+        k = factor.shape[1]
+        for i in numba.prange(len(starts) - 1):
+            H, w = triangles[i], solution[i]
+            seen = starts[i + 1] - starts[i]
+            for a in range(k):
+                w[a] = seen * shift[a]
+                for b in range(k):
+                    H[a, b] = penalty[a, b] + seen * per_entry[a, b]
+            for p in range(starts[i], starts[i + 1]):
+                x, y = factor[columns[p]], values[p]
+                for a in range(k):
+                    xa = x[a]
+                    w[a] += y * xa
+                    for b in range(k):  # the whole row, not the triangle: it vectorizes
+                        H[a, b] += xa * x[b]
+            _cholesky(H)
+            _substitute(H, w)
+            for p in range(starts[i], starts[i + 1]):
+                x, t = factor[columns[p]], values[p]
+                for a in range(k):
+                    t -= x[a] * w[a]
+                residual[p] = t
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _project_out_rows(starts, columns, left, right, triangles, direction, change):  # type: ignore[no-untyped-def]
+        k = right.shape[1]
+        for i in numba.prange(len(starts) - 1):
+            row_fit = np.zeros(k, right.dtype)
+            l = left[i]  # noqa: E741
+            for p in range(starts[i], starts[i + 1]):
+                b, r = direction[columns[p]], right[columns[p]]
+                z = l[0] * b[0]
+                for a in range(1, k):
+                    z += l[a] * b[a]
+                change[p] = z
+                for a in range(k):
+                    row_fit[a] += z * r[a]
+            _substitute(triangles[i], row_fit)
+            for p in range(starts[i], starts[i + 1]):
+                r, z = right[columns[p]], change[p]
+                for a in range(k):
+                    z -= row_fit[a] * r[a]
+                change[p] = z
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _gather_columns(column_starts, rows, order, left, values, total):  # type: ignore[no-untyped-def]
+        k = left.shape[1]
+        for j in numba.prange(len(column_starts) - 1):
+            t = total[j]
+            for a in range(k):
+                t[a] = 0
+            for p in range(column_starts[j], column_starts[j + 1]):
+                z, l = values[order[p]], left[rows[p]]  # noqa: E741
+                for a in range(k):
+                    t[a] += z * l[a]
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _block_triangles(starts, columns, factor, penalty, triangles):  # type: ignore[no-untyped-def]
+        k = factor.shape[1]
+        for i in numba.prange(len(starts) - 1):
+            H = triangles[i]
+            for a in range(k):
+                for b in range(k):
+                    H[a, b] = 0
+                H[a, a] = penalty[a]
+            for p in range(starts[i], starts[i + 1]):
+                x = factor[columns[p]]
+                for a in range(k):
+                    xa = x[a]
+                    for b in range(k):
+                        H[a, b] += xa * x[b]
+            _cholesky(H)
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _solve_blocks(triangles, right_hand_sides, solution):  # type: ignore[no-untyped-def]
+        for i in numba.prange(triangles.shape[0]):
+            x = solution[i]
+            for a in range(x.shape[0]):
+                x[a] = right_hand_sides[i, a]
+            _substitute(triangles[i], x)
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _posterior_rows(starts, columns, values, means, covariances, prior, precision, mean, covariance, squares):  # type: ignore[no-untyped-def]
+        k = means.shape[1]
+        for i in numba.prange(len(starts) - 1):
+            S = np.zeros((k, k), means.dtype)  # Σ E[x xᵀ], x = (1, g)
+            h = np.zeros(k, means.dtype)  # Σ E[(y − c) x]
+            power = 0.0  # Σ E(y − c)²
+            for p in range(starts[i], starts[i + 1]):
+                j = columns[p]
+                x, C = means[j], covariances[j]
+                y = values[p] - x[0]
+                power += y * y + C[0, 0]
+                h[0] += y
+                S[0, 0] += 1
+                for a in range(1, k):
+                    xa = x[a]
+                    h[a] += y * xa - C[a, 0]
+                    S[a, 0] += xa
+                    for b in range(1, k):
+                        S[a, b] += xa * x[b] + C[a, b]
+            for a in range(1, k):
+                S[0, a] = S[a, 0]
+            H = precision * S
+            for a in range(k):
+                H[a, a] += prior[a]
+            _cholesky(H)
+            w, V = mean[i], covariance[i]
+            for a in range(k):
+                w[a] = precision * h[a]
+            _substitute(H, w)
+            for c in range(k):
+                column = np.zeros(k, means.dtype)
+                column[c] = 1
+                _substitute(H, column)
+                for a in range(k):
+                    V[a, c] = column[a]
+            for a in range(k):
+                power -= 2 * w[a] * h[a]
+                for b in range(k):
+                    power += S[a, b] * (w[a] * w[b] + V[a, b])
+            squares[i] = power
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _entries_at(rows, columns, left, right, product):  # type: ignore[no-untyped-def]
+        for p in numba.prange(len(rows)):
+            l, r = left[rows[p]], right[columns[p]]  # noqa: E741
+            t = l[0] * r[0]
+            for a in range(1, left.shape[1]):
+                t += l[a] * r[a]
+            product[p] = t

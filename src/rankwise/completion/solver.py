@@ -1,0 +1,430 @@
+"""Which way to complete a matrix, and what comes of it.
+
+``solver="auto"``:
+
+1. Everything observed: the truncated SVD.
+2. The weight-decay path, quick. If it fits the entries with far fewer numbers than there are entries, no noise could
+   have done that: the matrix is recovered.
+3. Otherwise the entries are noisy, or too few for a quick path: the evidence weighs rank, shrinkage and noise.
+4. Where the evidence finds little noise, the path is walked again in small steps, which recovers from fewer entries
+   (oversampling 1.5 instead of 2); what it fits with few numbers is taken.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rankwise.completion import kernels
+from rankwise.completion.balanced import Balanced, balanced
+from rankwise.completion.evidence import Posterior, fit_evidence
+from rankwise.completion.gradient_descent import GradientDescentStep, gradient_descent
+from rankwise.completion.intercepts import Intercepts, fit_intercepts
+from rankwise.completion.observations import Observations
+from rankwise.completion.options import SolverOptions
+from rankwise.completion.solution import FoldIn, Solution
+from rankwise.completion.weight_decay_path import PathEnd, follow_weight_decay
+from rankwise.errors import UserError
+from rankwise.spectral import numerical_rank, truncated_svd
+
+Array = NDArray[np.floating]
+Callback = Callable[[dict[str, Any]], None]
+
+_QUICK_OVERSAMPLING = 2.0  # entries a free parameter that the quick path needs to be trusted
+_CAREFUL_OVERSAMPLING = 1.2
+_CAREFUL_PACE = 0.7  # at oversampling 1.5, condition 10: 4 of 4 recovered; a pace of 0.5: 1 of 4
+_LITTLE_NOISE = 0.3  # of the entries' spread
+_LARGEST_DEFAULT_RANK = 40
+_PATIENCE = 4  # steps of the path without a better held-out error
+_HUBER = 1.345  # of the noise: 95 % efficient where the noise is Gaussian (Huber & Ronchetti 2009)
+_HUBER_ROUNDS = 10
+_SMALL_DIRECTION = 1e-4  # of the largest: what gradient descent has not moved is no direction
+
+
+def default_rank(observations: Observations) -> int:
+    """The most directions that the entries could tell from noise: 1.2 entries a parameter, 40 at most.
+
+    Example:
+        >>> import numpy as np
+        >>> from rankwise.completion.observations import as_observations
+        >>> from rankwise.completion.solver import default_rank
+        >>> default_rank(as_observations(np.ones((30, 20))))
+        10
+    """
+    height, width = observations.shape
+    most = int(observations.count / (_CAREFUL_OVERSAMPLING * (height + width)))
+    return max(1, min(most, height, width, _LARGEST_DEFAULT_RANK))
+
+
+def solve(
+    observations: Observations,
+    options: SolverOptions,
+    *,
+    start: Solution | None = None,
+    callback: Callback | None = None,
+) -> Solution:
+    """Complete a matrix as the options say.
+
+    Args:
+        observations: the known entries.
+        options: see :class:`~rankwise.completion.DeepMatrixCompletion`.
+        start: an earlier solution of the same columns to go on from.
+        callback: called with each iteration's entry of the history.
+    """
+    rank = min(options.rank or default_rank(observations), *observations.shape)
+    task = _Task(observations, options, rank, start, callback)
+    if observations.count == observations.shape[0] * observations.shape[1] and options.solver == "auto":
+        return _truncated_svd(task)
+    route = {
+        "auto": _recover_or_weigh,
+        "weight-decay": _decay,
+        "evidence": _weigh,
+        "gradient-descent": _descend,
+    }[options.solver]
+    return _robustly(task, route) if options.loss == "huber" else route(task)
+
+
+class _Task:
+    """One fit: what is observed, what was asked for, and the history as it grows."""
+
+    def __init__(
+        self,
+        observations: Observations,
+        options: SolverOptions,
+        rank: int,
+        start: Solution | None,
+        callback: Callback | None,
+    ):
+        self.observations = observations
+        self.options = options
+        self.rank = rank
+        self.start = start
+        self.callback = callback
+        self.history: list[dict[str, Any]] = []
+
+    def on(self, observations: Observations, start: Solution | None) -> "_Task":
+        """The same task on other values of the same entries, from an earlier solution; the history goes on."""
+        task = _Task(observations, self.options, self.rank, start, self.callback)
+        task.history = self.history
+        return task
+
+    def note(self, stage: str) -> Callback:
+        def noted(entry: dict[str, Any]) -> None:
+            self.history.append({"stage": stage, **entry})
+            if self.callback:
+                self.callback(self.history[-1])
+
+        return noted
+
+    def solution(self, route: str, **parts: Any) -> Solution:
+        seen = self.observations
+        height, width = seen.shape
+        nothing: dict[str, Any] = {"row_spread": np.zeros(height), "column_spread": np.zeros(width)}
+        return Solution(
+            route=route,
+            row_seen=seen.row_counts > 0,
+            column_seen=seen.column_counts > 0,
+            fallback=fit_intercepts(seen),
+            history=self.history,
+            **{**nothing, **parts},
+        )
+
+    def without_intercepts(self) -> tuple[Intercepts, Observations]:
+        """The intercepts, where asked for, and what they leave."""
+        if not self.options.fit_intercept:
+            return Intercepts.none(self.observations.shape), self.observations
+        intercepts = fit_intercepts(self.observations)
+        return intercepts, self.observations.with_values(intercepts.residual(self.observations))
+
+    def follow(self, rest: Observations, stage: str, **changed: Any) -> PathEnd:
+        """The weight-decay path, the longer side's factors eliminated: fewer unknowns for conjugate gradients."""
+        options: dict[str, Any] = {
+            "max_rank": self.rank,
+            "depth": self.options.depth,
+            "tolerance": self.options.tolerance,
+            "max_iter": self.options.iterations(300),
+            "seed": self.options.seed,
+            "callback": self.note(stage),
+            "start": self.start.right if self.start is not None else None,
+            **changed,
+        }
+        if rest.shape[0] >= rest.shape[1]:
+            return follow_weight_decay(rest, **options)
+        if self.start is not None:
+            options["start"] = self.start.left if len(self.start.left) == rest.shape[0] else None
+        end = follow_weight_decay(rest.transposed(), **options)
+        found = end.factors
+        return replace(end, factors=Balanced(found.right, found.left, found.singular_values))
+
+
+def _recover_or_weigh(task: _Task) -> Solution:
+    intercepts, rest = task.without_intercepts()
+    quick, careful = (int(rest.count / (o * sum(rest.shape))) for o in (_QUICK_OVERSAMPLING, _CAREFUL_OVERSAMPLING))
+    # one direction more than can be trusted may enter, so that needing it shows, and soon
+    end = _walk(task, rest, "path", max_rank=quick + 1, trusted_rank=quick)
+    if end is not None:
+        return _from_path(task, end, intercepts, rest)
+    posterior = _posterior(task)
+    if posterior.noise < _LITTLE_NOISE * float(np.std(task.observations.values.astype(np.float64))):
+        end = _walk(task, rest, "careful path", max_rank=careful, pace=_CAREFUL_PACE)
+        if end is not None:
+            return _from_path(task, end, intercepts, rest)
+    return _from_posterior(task, posterior)
+
+
+def _walk(task: _Task, rest: Observations, stage: str, *, max_rank: int, **options: Any) -> PathEnd | None:
+    """The path's end if it fits the entries with few enough directions to be trusted."""
+    if options.get("trusted_rank", max_rank) < 1:
+        return None
+    end = task.follow(rest, stage, max_rank=min(task.rank, max_rank), **options)
+    return end if end.reason == "fitted" else None
+
+
+def _weigh(task: _Task) -> Solution:
+    return _from_posterior(task, _posterior(task))
+
+
+def _posterior(task: _Task) -> Posterior:
+    return fit_evidence(
+        task.observations,
+        max_rank=min(task.rank, default_rank(task.observations)),
+        fit_intercept=task.options.fit_intercept is not False,
+        max_iter=task.options.iterations(300),
+        seed=task.options.seed,
+        start=_as_posterior(task) if task.start is not None else None,
+        callback=task.note("evidence"),
+    )
+
+
+def _decay(task: _Task) -> Solution:
+    intercepts, rest = task.without_intercepts()
+    if not task.options.early_stopping:
+        pace = None if task.options.weight_decay is None else _CAREFUL_PACE
+        end = task.follow(rest, "path", weight_decay=task.options.weight_decay or 0.0, pace=pace)
+        return _from_path(task, end, intercepts, rest)
+    shown, hidden = _hold_out(rest, task.options)
+    best = {"error": np.inf, "weight_decay": 1.0, "since": 0}
+    places = hidden.row_of_each(), hidden.columns
+
+    def watch(left: Array, right: Array, entry: dict[str, Any]) -> bool:
+        wide = shown.shape[0] >= shown.shape[1]
+        error = kernels.entries_at(*(places if wide else places[::-1]), left, right) - hidden.values
+        entry["held_out"] = float(np.sqrt(np.mean(error.astype(np.float64) ** 2)))
+        if entry["held_out"] < best["error"]:
+            best.update(error=entry["held_out"], weight_decay=entry["weight_decay"], since=0)
+        else:
+            best["since"] += 1
+        return best["since"] >= _PATIENCE
+
+    task.follow(shown, "held-out path", pace=_CAREFUL_PACE, watch=watch)
+    end = task.follow(rest, "path", weight_decay=best["weight_decay"], pace=_CAREFUL_PACE)
+    return _from_path(task, end, intercepts, rest)
+
+
+def _descend(task: _Task) -> Solution:
+    intercepts, rest = task.without_intercepts()
+    options = task.options
+    settings: dict[str, Any] = {
+        "rank": task.rank,
+        "depth": options.depth,
+        "init_scale": options.init_scale,
+        "outer_lr_ratio": options.outer_lr_ratio,
+        "learning_rate": options.learning_rate,
+        "tol": options.tol or 1e-6,
+        "seed": options.seed,
+        "record_every": 1 << 30,
+    }
+    most = options.iterations(100_000)
+
+    def noting(stage: str, every: int = 100) -> Callable[[GradientDescentStep], bool]:
+        note = task.note(stage)
+
+        def seen(step: GradientDescentStep) -> bool:
+            if step.iteration % every == 0:
+                note({"iteration": step.iteration, "residual": step.relative_residual})
+            return False
+
+        return seen
+
+    if options.early_stopping:
+        shown, hidden = _hold_out(rest, options)
+        best = {"error": np.inf, "iteration": 0}
+        note = task.note("held-out descent")
+
+        def watch(step: GradientDescentStep) -> bool:
+            if step.iteration % 100:
+                return False
+            error = step.factors.entries(hidden.row_of_each(), hidden.columns) - hidden.values
+            held_out = float(np.sqrt(np.mean(error**2)))
+            note({"iteration": step.iteration, "residual": step.relative_residual, "held_out": held_out})
+            if held_out < best["error"]:
+                best.update(error=held_out, iteration=step.iteration)
+            # saddles last: only an error that has risen for long says that the best is past
+            return step.iteration > 1.5 * best["iteration"] + 2000 and held_out > 1.02 * best["error"]
+
+        gradient_descent(shown, max_iter=most, callback=watch, **settings)
+        most = max(1, int(best["iteration"]))
+    found = gradient_descent(rest, max_iter=most, callback=noting("descent"), **settings)
+    factors = balanced(found.left @ found.core, found.right)
+    factors = factors.keep(factors.singular_values > _SMALL_DIRECTION * factors.singular_values[0])
+    residual = rest.values - kernels.entries_at(rest.row_of_each(), rest.columns, factors.left, factors.right)
+    noise = _root_mean_square(residual)
+    # the ridge at which a row's regression returns what descent found, up to the noise
+    decay = noise**2 / np.maximum(factors.singular_values, np.finfo(np.float64).tiny)
+    fold_in = FoldIn.plain(np.maximum(decay, np.finfo(rest.values.dtype).tiny).astype(rest.values.dtype))
+    return task.solution(
+        "gradient-descent",
+        intercepts=intercepts,
+        left=factors.left.astype(rest.values.dtype),
+        right=factors.right.astype(rest.values.dtype),
+        fold_in=fold_in,
+        noise=noise,
+        converged=found.converged or options.early_stopping,
+    )
+
+
+def _robustly(task: _Task, route: Callable[[_Task], Solution]) -> Solution:
+    """Huber's loss: fit, pull the entries that are far off towards the fit, fit again (Huber & Ronchetti 2009, 7.8)."""
+    observed = task.observations
+    places = observed.row_of_each(), observed.columns
+    # the first fit must not be to the outliers: a direction spent on one makes it look well fitted ever after
+    before: Array = np.full(observed.count, np.median(observed.values), np.float64)
+    solution: Solution | None = None
+    for _ in range(_HUBER_ROUNDS):
+        residual = observed.values - before
+        limit = _HUBER * 1.4826 * float(np.median(np.abs(residual)))
+        pulled = (before + np.clip(residual, -limit, limit)).astype(observed.values.dtype)
+        solution = route(task.on(observed.with_values(pulled), solution))
+        now = solution.at(*places)
+        change = _root_mean_square(now - before)
+        before = now
+        if change <= 1e-2 * limit:
+            break
+    assert solution is not None  # noqa: S101
+    return solution
+
+
+def _hold_out(observations: Observations, options: SolverOptions) -> tuple[Observations, Observations]:
+    """Entries shown and entries hidden, at random."""
+    hidden = held_out_mask(observations.count, options.validation_fraction, options.seed)
+    return observations.subset(~hidden), observations.subset(hidden)
+
+
+def held_out_mask(count: int, fraction: float, seed: int) -> NDArray[np.bool_]:
+    """(count,) which entries to hide: the nearest whole number to ``fraction`` of them, 1 to count − 1.
+
+    Raises:
+        UserError: there is only one entry.
+    """
+    if count < 2:
+        raise UserError("only one entry is observed, so none can be held out; observe more entries")
+    chosen = min(max(1, round(fraction * count)), count - 1)
+    mask = np.zeros(count, bool)
+    mask[np.random.default_rng(seed).choice(count, chosen, replace=False)] = True
+    return mask
+
+
+def _from_path(task: _Task, end: PathEnd, intercepts: Intercepts, rest: Observations) -> Solution:
+    """The path's end as a solution; ``rest`` is what the intercepts leave."""
+    fold_in = FoldIn.plain(end.decay)
+    right = end.factors.right
+    _, left = fold_in.rows(rest, Intercepts.none(rest.shape), right)
+    residual = rest.values - kernels.entries_at(rest.row_of_each(), rest.columns, left, right)
+    return task.solution(
+        "weight-decay",
+        intercepts=intercepts,
+        left=left,
+        right=right,
+        fold_in=fold_in,
+        noise=_root_mean_square(residual),
+        converged=end.reason in ("fitted", "decay"),
+    )
+
+
+def _from_posterior(task: _Task, posterior: Posterior) -> Solution:
+    """Posterior means, with each row's own ridge regression on the columns' means.
+
+    Columns' covariances enter a row through their average over the entries, so that a new row needs k² numbers and not
+    n·k²; the row then is placed as a training row would be.
+    """
+    seen = task.observations
+    dtype = seen.values.dtype
+    M, C = posterior.column_means, posterior.column_covariances
+    typical = np.einsum("j,jab->ab", seen.column_counts / seen.count, C).astype(dtype)
+    per_entry, shift = typical.copy(), -typical[:, 0]
+    per_entry[0, :] = per_entry[:, 0] = shift[0] = 0
+    penalty = np.diag(posterior.row_prior.astype(np.float64) * posterior.noise**2).astype(dtype)
+    fold_in = FoldIn(True, penalty, per_entry, shift)
+    right = np.ascontiguousarray(M[:, 1:])
+    columns = Intercepts(posterior.mean, np.zeros(seen.shape[0]), M[:, 0].copy())
+    row_intercepts, left = fold_in.rows(seen, columns, right)
+    intercepts = replace(columns, rows=row_intercepts)
+    design, across = M.astype(np.float64), posterior.row_means.astype(np.float64)
+    design[:, 0] = across[:, 0] = 1
+    return task.solution(
+        "evidence",
+        intercepts=intercepts,
+        left=left,
+        right=right,
+        fold_in=fold_in,
+        noise=posterior.noise,
+        row_spread=np.einsum("iab,ab->i", posterior.row_covariances, design.T @ design / len(design)),
+        column_spread=np.einsum("jab,ab->j", C, across.T @ across / len(across)),
+        converged=posterior.converged,
+    )
+
+
+def _as_posterior(task: _Task) -> Posterior | None:
+    """An earlier solution as a posterior to go on from; None if its columns are not these."""
+    start, seen = task.start, task.observations
+    if start is None or len(start.right) != seen.shape[1] or start.noise == 0:
+        return None
+    k, dtype = start.right.shape[1], seen.values.dtype
+    M = np.hstack([start.intercepts.columns[:, None], start.right]).astype(dtype)
+    second = np.maximum((M.astype(np.float64) ** 2).mean(0), 1e-12 * start.noise**2)
+    rows = np.concatenate(
+        [[max(float(np.mean(start.intercepts.rows**2)), 1e-12 * start.noise**2)], (start.left**2).mean(0) + 1e-300]
+    )
+    covariances = np.zeros((len(M), 1 + k, 1 + k), dtype)
+    covariances[:, range(1 + k), range(1 + k)] = 0.01 * second
+    return Posterior(
+        start.intercepts.mean,
+        np.zeros((seen.shape[0], 1 + k), dtype),
+        M,
+        np.zeros((seen.shape[0], 1 + k, 1 + k), dtype),
+        covariances,
+        (1 / rows).astype(dtype),
+        (1 / second).astype(dtype),
+        start.noise,
+        False,
+    )
+
+
+def _truncated_svd(task: _Task) -> Solution:
+    """Everything is observed: the best approximation of that rank, with as many directions as have any size."""
+    intercepts, rest = task.without_intercepts()
+    full = torch.from_numpy(np.ascontiguousarray(rest.values).reshape(rest.shape))
+    U, s, Vh, _ = truncated_svd(full, task.rank, generator=torch.Generator().manual_seed(0), estimate_error=False)
+    kept = max(1, min(task.rank, numerical_rank(torch.diag(s), shape=rest.shape))) if bool(s.any()) else 1
+    dtype = rest.values.dtype
+    half = torch.sqrt(s[:kept])
+    left = np.ascontiguousarray((U[:, :kept] * half).numpy(), dtype)
+    right = np.ascontiguousarray((Vh[:kept].T * half).numpy(), dtype)
+    rounding = float(np.finfo(dtype).eps) ** 2 * float(s[0])
+    slight = np.full(kept, max(rounding, float(np.finfo(dtype).tiny)), dtype)
+    return task.solution(
+        "svd",
+        intercepts=intercepts,
+        left=left,
+        right=right,
+        fold_in=FoldIn.plain(slight),
+        noise=_root_mean_square(full.numpy() - left @ right.T),
+        converged=True,
+    )
+
+
+def _root_mean_square(values: Array) -> float:
+    return float(np.sqrt(np.mean(np.square(values, dtype=np.float64))))
