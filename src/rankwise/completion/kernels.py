@@ -193,20 +193,21 @@ if numba is None:
     _entries_at: Any = plain.entries_at
 else:
 
+    # small triangles, every inner loop along a row, so that it runs in vector instructions
+
     @numba.njit(**_OPTIONS)
-    def _cholesky(H: Array) -> None:  # in place, lower; right-looking, so the inner loop is a vector update
-        k = H.shape[0]
-        for a in range(k):
-            pivot = np.sqrt(H[a, a])
-            for b in range(a, k):
-                H[b, a] /= pivot
-            for b in range(a + 1, k):
-                h = H[b, a]
-                for c in range(a + 1, b + 1):
-                    H[b, c] -= h * H[c, a]
+    def _cholesky(H: Array) -> None:
+        """The lower factor, in place."""
+        for a in range(H.shape[0]):
+            for b in range(a + 1):
+                t = H[a, b]
+                for c in range(b):
+                    t -= H[a, c] * H[b, c]
+                H[a, b] = t / H[b, b] if b < a else np.sqrt(t)
 
     @numba.njit(**_OPTIONS)
     def _substitute(H: Array, x: Array) -> None:
+        """x becomes the solution of H Hᵀ x = x."""
         k = H.shape[0]
         for a in range(k):
             t = x[a]
@@ -214,10 +215,33 @@ else:
                 t -= H[a, c] * x[c]
             x[a] = t / H[a, a]
         for a in range(k - 1, -1, -1):
+            x[a] /= H[a, a]
             t = x[a]
-            for c in range(a + 1, k):
-                t -= H[c, a] * x[c]
-            x[a] = t / H[a, a]
+            for c in range(a):
+                x[c] -= t * H[a, c]
+
+    @numba.njit(**_OPTIONS)
+    def _invert(H: Array, W: Array, V: Array) -> None:
+        """V becomes (H Hᵀ)⁻¹; W is scratch of the same shape."""
+        k = H.shape[0]
+        for a in range(k):  # W = H⁻¹, row after row
+            for b in range(k):
+                W[a, b] = 0
+            W[a, a] = 1
+            for c in range(a):
+                h = H[a, c]
+                for b in range(c + 1):
+                    W[a, b] -= h * W[c, b]
+            for b in range(a + 1):
+                W[a, b] /= H[a, a]
+        for a in range(k):
+            for b in range(k):
+                V[a, b] = 0
+        for c in range(k):
+            for a in range(c + 1):
+                w = W[c, a]
+                for b in range(c + 1):
+                    V[a, b] += w * W[c, b]
 
     @numba.njit(parallel=True, **_OPTIONS)
     def _ridge_rows(starts, columns, values, factor, penalty, per_entry, shift, solution, triangles, residual):  # type: ignore[no-untyped-def]
@@ -303,27 +327,46 @@ else:
             _substitute(triangles[i], x)
 
     @numba.njit(parallel=True, **_OPTIONS)
+    def _second_moments(means, covariances):  # type: ignore[no-untyped-def]
+        """(n, k(k + 1)/2): the lower triangle of E[x xᵀ], x = (1, g), row after row."""
+        n, k = means.shape
+        packed = np.empty((n, k * (k + 1) // 2), means.dtype)
+        for j in numba.prange(n):
+            at = packed[j]
+            at[0] = 1
+            q = 1
+            for a in range(1, k):
+                at[q] = means[j, a]
+                for b in range(1, a + 1):
+                    at[q + b] = means[j, a] * means[j, b] + covariances[j, a, b]
+                q += a + 1
+        return packed
+
+    @numba.njit(parallel=True, **_OPTIONS)
     def _posterior_rows(starts, columns, values, means, covariances, prior, precision, mean, covariance, squares):  # type: ignore[no-untyped-def]
         k = means.shape[1]
+        # summed once a column instead of once an entry: each entry then adds one contiguous vector
+        second = _second_moments(means, covariances)
         for i in numba.prange(len(starts) - 1):
-            S = np.zeros((k, k), means.dtype)  # Σ E[x xᵀ], x = (1, g)
+            packed = np.zeros(second.shape[1], means.dtype)
             h = np.zeros(k, means.dtype)  # Σ E[(y − c) x]
             power = 0.0  # Σ E(y − c)²
             for p in range(starts[i], starts[i + 1]):
                 j = columns[p]
-                x, C = means[j], covariances[j]
+                x, C, moments = means[j], covariances[j], second[j]
                 y = values[p] - x[0]
                 power += y * y + C[0, 0]
                 h[0] += y
-                S[0, 0] += 1
                 for a in range(1, k):
-                    xa = x[a]
-                    h[a] += y * xa - C[a, 0]
-                    S[a, 0] += xa
-                    for b in range(1, k):
-                        S[a, b] += xa * x[b] + C[a, b]
-            for a in range(1, k):
-                S[0, a] = S[a, 0]
+                    h[a] += y * x[a] - C[0, a]
+                for q in range(packed.shape[0]):
+                    packed[q] += moments[q]
+            S = np.empty((k, k), means.dtype)  # Σ E[x xᵀ]
+            q = 0
+            for a in range(k):
+                for b in range(a + 1):
+                    S[a, b] = S[b, a] = packed[q + b]
+                q += a + 1
             H = precision * S
             for a in range(k):
                 H[a, a] += prior[a]
@@ -332,12 +375,7 @@ else:
             for a in range(k):
                 w[a] = precision * h[a]
             _substitute(H, w)
-            for c in range(k):
-                column = np.zeros(k, means.dtype)
-                column[c] = 1
-                _substitute(H, column)
-                for a in range(k):
-                    V[a, c] = column[a]
+            _invert(H, np.empty((k, k), means.dtype), V)
             for a in range(k):
                 power -= 2 * w[a] * h[a]
                 for b in range(k):
