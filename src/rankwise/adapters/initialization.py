@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.config import ZERO_LEFT
-from rankwise.files import save_tensors
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
 from rankwise.adapters.layer import DeepLoraLayer
 from rankwise.factorizations import InvariantSubspaces, invariant_subspaces
+from rankwise.files import save_tensors
 from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd
 from rankwise.spectral.operators import DenseMatrix
 from rankwise.spectral.precision import compute_dtype

@@ -22,7 +22,7 @@ app = typer.Typer(
 # typer raises click's exceptions, its own copy of them in newer versions: found by the name both carry
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _INTERRUPTED = 130  # what newer versions of typer make of a KeyboardInterrupt
-_COMMANDS = ("finetune", "compare", "export", "report")
+_COMMANDS = ("finetune", "compare", "complete", "export", "report")
 
 
 def _version(show: bool) -> None:

@@ -120,14 +120,15 @@ def fit_evidence(
                 CA, C = CA[:, kept][:, :, kept], C[:, kept][:, :, kept]
                 row_prior, column_prior = row_prior[kept], column_prior[kept]
         noise = precision**-0.5
-        turned = _turn(M_before, M, A) / (
-            noise * np.sqrt(max(1, M.shape[1] - 1) * sum(observations.shape) / len(values))
-        )
+        uncertainty = noise * ((M.shape[1] - 1) * sum(observations.shape) / len(values)) ** 0.5
+        turned = _turn(M_before, M, A) / max(uncertainty, float(np.finfo(np.float64).tiny))
         entry = {"iteration": sweep, "noise": noise, "rank": M.shape[1] - 1, "turned": turned}
         history.append(entry)
         if callback:
             callback(entry)
-        converged = sweep > _SETTLING + 1 and turned < tolerance and abs(precision - before) < tolerance * precision
+        converged = bool(
+            sweep > _SETTLING + 1 and turned < tolerance and abs(precision - before) < tolerance * precision
+        )
         if converged:
             break
     return Posterior(

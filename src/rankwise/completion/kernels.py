@@ -192,7 +192,6 @@ if numba is None:
     _posterior_rows: Any = plain.posterior_rows
     _entries_at: Any = plain.entries_at
 else:
-
     # small triangles, every inner loop along a row, so that it runs in vector instructions
 
     @numba.njit(**_OPTIONS)

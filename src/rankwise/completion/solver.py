@@ -36,7 +36,9 @@ Callback = Callable[[dict[str, Any]], None]
 _QUICK_OVERSAMPLING = 2.0  # entries a free parameter that the quick path needs to be trusted
 _CAREFUL_OVERSAMPLING = 1.2
 _CAREFUL_PACE = 0.7  # at oversampling 1.5, condition 10: 4 of 4 recovered; a pace of 0.5: 1 of 4
-_LITTLE_NOISE = 0.2  # of the entries' spread; too few entries for the quick path look like .05 to .17, images and traffic .25
+_LITTLE_NOISE = (
+    0.2  # of the entries' spread; too few entries for the quick path look like .05 to .17, images and traffic .25
+)
 _LARGEST_DEFAULT_RANK = 40
 _PATIENCE = 4  # steps of the path without a better held-out error
 _HUBER = 1.345  # of the noise: 95 % efficient where the noise is Gaussian (Huber & Ronchetti 2009)

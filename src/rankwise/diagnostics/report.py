@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rankwise.files import write_json
 from rankwise.diagnostics import page
 from rankwise.diagnostics.page import number
 from rankwise.errors import UserError
+from rankwise.files import write_json
 
 FORMAT_VERSION = 1
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rankwise import __version__
-from rankwise.files import write_json
 from rankwise.errors import UserError
+from rankwise.files import write_json
 
 FORMAT_VERSION = 1
 

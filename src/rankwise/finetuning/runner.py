@@ -18,9 +18,9 @@ from torch import nn
 from transformers import set_seed
 
 from rankwise.adapters import save_as_lora
-from rankwise.files import replacing_folder
 from rankwise.diagnostics import adapter_spectra
 from rankwise.errors import UserError
+from rankwise.files import replacing_folder
 from rankwise.finetuning.data import Table, draw, read_table
 from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate

@@ -13,8 +13,8 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
-from rankwise.files import write_json
 from rankwise.errors import UserError
+from rankwise.files import write_json
 from rankwise.finetuning.comparison.progress import counting
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings, confirm_runs, tuning_runs, units
 from rankwise.finetuning.comparison.report import write_comparison_report
