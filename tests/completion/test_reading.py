@@ -14,7 +14,19 @@ import scipy.sparse as sp
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from rankwise.completion.reading import EntryTable, Picture, read_image, read_matrix, read_table
+from rankwise.completion import Observations
+from rankwise.completion.reading import (
+    EntryTable,
+    Labels,
+    Picture,
+    load_entries,
+    load_labels,
+    read_image,
+    read_matrix,
+    read_table,
+    save_entries,
+    save_labels,
+)
 from rankwise.errors import UserError
 
 pa = pytest.importorskip("pyarrow")
@@ -488,6 +500,50 @@ class TestMatrices:
     def test_a_key_needs_an_archive(self, tmp_path: Path) -> None:
         with pytest.raises(UserError, match="leave the key out"):
             read_matrix(written(tmp_path, "a.csv", "1,2\n"), key="x")
+
+
+class TestEntryCache:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_entries_come_back_bit_for_bit(self, tmp_path: Path, dtype: Any) -> None:
+        rng = np.random.default_rng(0)
+        rows, columns = rng.integers(0, 7, 40), rng.integers(0, 9, 40)  # row 7 and some others may stay empty
+        seen = Observations.from_coordinates(rows, columns, rng.normal(size=40), (8, 9), dtype)
+        assert seen.merged > 0
+        save_entries(seen, tmp_path)
+        again = load_entries(tmp_path)
+        assert (again.shape, again.merged) == (seen.shape, seen.merged)
+        for name in ("row_starts", "columns", "values", "column_starts", "rows", "order"):
+            kept, came = getattr(seen, name), getattr(again, name)
+            assert kept.dtype == came.dtype
+            assert np.array_equal(kept, came)
+
+    @pytest.mark.parametrize("rows", [["ann", "žluť 日本 🐈", ""], None])
+    def test_labels_come_back(self, tmp_path: Path, rows: list[str] | None) -> None:
+        labels = Labels(rows, ["x", "y"], "user", "item", (3, 2))
+        save_labels(labels, tmp_path)
+        assert load_labels(tmp_path) == labels
+        assert labels.texts() == (rows or ["0", "1", "2"], ["x", "y"])
+
+    def test_what_is_damaged_is_no_traceback(self, tmp_path: Path) -> None:
+        for content in (b"", b"{", b"[]", b'{"shape": [3, 2], "rows": ["a"], "columns": null}', b"\xff"):
+            written(tmp_path, "labels.json", content)
+            written(tmp_path, "entries.safetensors", content)
+            with pytest.raises(UserError, match=r"labels\.json is missing or damaged"):
+                load_labels(tmp_path)
+            with pytest.raises(UserError, match=r"entries\.safetensors is missing or damaged"):
+                load_entries(tmp_path)
+
+    @given(data=st.data())
+    def test_any_damaged_byte(self, folder: Path, data: st.DataObject) -> None:
+        save_entries(Observations.from_coordinates([0, 1, 1], [0, 0, 1], [1.0, 2.0, 3.0], (2, 2)), folder)
+        content = bytearray((folder / "entries.safetensors").read_bytes())
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        written(folder, "entries.safetensors", bytes(content))
+        try:
+            seen = load_entries(folder)
+        except UserError:
+            return
+        assert np.isfinite(seen.values).all()
 
 
 def picture_file(path: Path, pixels: Any, **options: Any) -> Path:
