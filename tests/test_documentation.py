@@ -5,6 +5,7 @@ import importlib
 import json
 import pkgutil
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ def test_docstring_examples_run(name: str) -> None:
 
 def test_public_names_carry_an_example() -> None:
     missing = []
-    for room in ("spectral", "factorizations", "adapters", "diagnostics", "finetuning"):
+    for room in ("spectral", "factorizations", "completion", "adapters", "diagnostics", "finetuning"):
         module = importlib.import_module(f"rankwise.{room}")
         for name in module.__all__:
             value = getattr(module, name)
@@ -79,6 +80,7 @@ def test_readme_trainer_example_is_at_most_fifteen_lines_and_runs(
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_examples_on_documentation_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "docs" / "data", tmp_path / "docs" / "data")  # named from the root of a checkout
     names = _tiny_setting()
     for block in _python_blocks(page):
         exec(compile(block, page.name, "exec"), names)

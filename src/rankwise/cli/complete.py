@@ -585,9 +585,7 @@ class _Run:
             return None  # the pixels hidden tell the error better, at no cost
         if picture is not None and picture.channels > 1:
             self.notes.append("entries were held out one colour at a time; pixels without any colour err more")
-        with _progress(
-            self.console, "fitting again without a tenth of the entries, to see how well those are predicted"
-        ):
+        with _progress(self.console, "fitting without a tenth of the entries"):
             return model.calibrate()
 
     def _summarize(

@@ -185,6 +185,8 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         self.route_ = solution.route
         self.history_ = solution.history
         self.n_iter_ = max(1, len(solution.history))
+        if solution.route == "gradient-descent":  # whose history holds every hundredth iteration
+            self.n_iter_ = max(1, solution.history[-1]["iteration"])
         self.converged_ = solution.converged
 
     # -- predicting ------------------------------------------------------------------------------------------------

@@ -35,7 +35,10 @@ Callback = Callable[[dict[str, Any]], None]
 
 _QUICK_OVERSAMPLING = 2.0  # entries a free parameter that the quick path needs to be trusted
 _CAREFUL_OVERSAMPLING = 1.2
-_CAREFUL_PACE = 0.7  # at oversampling 1.5, condition 10: 4 of 4 recovered; a pace of 0.5: 1 of 4
+_CAREFUL_PACE = 0.8  # at oversampling 1.5, condition 10: 18 of 20 recovered; at 0.7 13, at 0.9 18
+_CAREFUL_SLACK = 2  # directions that may come and go again on the careful path
+_NEARLY_FITTED = 30  # times the tolerance: how well fewer directions must fit to be preferred
+_WEAK_DIRECTION = 1e-3  # of the largest: worth a try to do without
 _LITTLE_NOISE = (
     0.2  # of the entries' spread; too few entries for the quick path look like .05 to .17, images and traffic .25
 )
@@ -141,8 +144,16 @@ class _Task:
         intercepts = fit_intercepts(self.observations)
         return intercepts, self.observations.with_values(intercepts.residual(self.observations))
 
-    def follow(self, rest: Observations, stage: str, **changed: Any) -> PathEnd:
+    def follow(self, rest: Observations, stage: str, *, earlier: Balanced | None = None, **changed: Any) -> PathEnd:
         """The weight-decay path, the longer side's factors eliminated: fewer unknowns for conjugate gradients."""
+        if earlier is None and self.start is not None:
+            earlier = self.start.balanced
+        tall = rest.shape[0] >= rest.shape[1]
+        start = None
+        if earlier is not None:
+            start = earlier.right if tall else earlier.left
+        if start is not None and len(start) != min(rest.shape):
+            start = None  # rows were added to the shorter side
         options: dict[str, Any] = {
             "max_rank": self.rank,
             "depth": self.options.depth,
@@ -150,13 +161,11 @@ class _Task:
             "max_iter": self.options.iterations(300),
             "seed": self.options.seed,
             "callback": self.note(stage),
-            "start": self.start.right if self.start is not None else None,
+            "start": start,
             **changed,
         }
-        if rest.shape[0] >= rest.shape[1]:
+        if tall:
             return follow_weight_decay(rest, **options)
-        if self.start is not None:
-            options["start"] = self.start.left if len(self.start.left) == rest.shape[0] else None
         end = follow_weight_decay(rest.transposed(), **options)
         found = end.factors
         return replace(end, factors=Balanced(found.right, found.left, found.singular_values))
@@ -171,7 +180,9 @@ def _recover_or_weigh(task: _Task) -> Solution:
         return _from_path(task, end, intercepts, rest)
     posterior = _posterior(task)
     if posterior.noise < _LITTLE_NOISE * float(np.std(task.observations.values.astype(np.float64))):
-        end = _walk(task, rest, "careful path", max_rank=careful, pace=_CAREFUL_PACE)
+        end = _walk(task, rest, "careful path", max_rank=careful + _CAREFUL_SLACK, pace=_CAREFUL_PACE)
+        if end is not None and len(end.factors.singular_values) > careful:
+            end = None
         if end is not None:
             return _from_path(task, end, intercepts, rest)
     return _from_posterior(task, posterior)
@@ -182,7 +193,20 @@ def _walk(task: _Task, rest: Observations, stage: str, *, max_rank: int, **optio
     if options.get("trusted_rank", max_rank) < 1:
         return None
     end = task.follow(rest, stage, max_rank=min(task.rank, max_rank), **options)
-    return end if end.reason == "fitted" else None
+    return _fewest(task, rest, end) if end.reason == "fitted" else None
+
+
+def _fewest(task: _Task, rest: Observations, end: PathEnd) -> PathEnd:
+    """Without the weakest directions, where the others fit as well: those were for the rounding of written numbers."""
+    while True:
+        found = end.factors
+        if len(found.singular_values) < 2 or found.singular_values[-1] > _WEAK_DIRECTION * found.singular_values[0]:
+            return end
+        fewer = found.keep(np.arange(len(found.singular_values)) < len(found.singular_values) - 1)
+        without = task.follow(rest, "fewer directions", max_rank=len(fewer.singular_values), earlier=fewer, max_iter=60)
+        if without.residual > _NEARLY_FITTED * task.options.tolerance:
+            return end
+        end = replace(without, reason="fitted")
 
 
 def _weigh(task: _Task) -> Solution:
@@ -270,8 +294,11 @@ def _descend(task: _Task) -> Solution:
         gradient_descent(shown, max_iter=most, callback=watch, **settings)
         most = max(1, int(best["iteration"]))
     found = gradient_descent(rest, max_iter=most, callback=noting("descent"), **settings)
+    if not task.history or task.history[-1]["iteration"] != found.iterations:
+        task.note("descent")({"iteration": found.iterations, "residual": found.history[-1]["relative_residual"]})
     factors = balanced(found.left @ found.core, found.right)
-    factors = factors.keep(factors.singular_values > _SMALL_DIRECTION * factors.singular_values[0])
+    sizes = factors.singular_values
+    factors = factors.keep((sizes > _SMALL_DIRECTION * sizes[0]) & (np.arange(len(sizes)) < task.rank))
     residual = rest.values - kernels.entries_at(rest.row_of_each(), rest.columns, factors.left, factors.right)
     noise = _root_mean_square(residual)
     # the ridge at which a row's regression returns what descent found, up to the noise

@@ -1,0 +1,1 @@
+"""The documents' figures, made again: ``python -m reproduction icml24/fig5``."""
