@@ -202,9 +202,7 @@ def test_every_solver_finds_a_clean_matrix(clean, solver):
     full, mask = clean
     model = DeepMatrixCompletion(rank=6, solver=solver, outer_lr_ratio=0.1).fit(with_holes(full, mask))
     assert relative_error(model.reconstruct(), full) < 1e-3
-    assert model.n_iter_ == (
-        model.history_[-1]["iteration"] if solver == "gradient-descent" else len(model.history_)
-    )
+    assert model.n_iter_ == (model.history_[-1]["iteration"] if solver == "gradient-descent" else len(model.history_))
     assert model.rank_ <= 6
     if solver != "evidence":
         assert model.rank_ == 3
