@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -211,3 +213,11 @@ def test_the_page_draws_without_a_complaint(tmp_path: Path) -> None:
     assert [line for line in drawn.stderr.splitlines() if "CONSOLE" in line] == []
     pixels = np.asarray(Image.open(tmp_path / "page.png").convert("RGB")).astype(int)
     assert (np.abs(pixels - 99).max(axis=2) == 0).sum() > 3 * 40 * 50  # all three pictures, scaled up
+
+
+def test_the_page_needs_neither_peft_nor_transformers() -> None:
+    code = (
+        "import sys; sys.modules['peft'] = sys.modules['transformers'] = None\n"
+        "import rankwise.completion, rankwise.diagnostics.completion_report"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
