@@ -334,6 +334,21 @@ class TestTableErrors:
         with pytest.raises(UserError, match="cut short"):
             _read_ratings(path)
 
+    @pytest.mark.parametrize("column", NAMES.values())
+    def test_parquet_strings_that_are_not_utf8(self, tmp_path: Path, column: str) -> None:
+        texts = {name: pa.array(["1", "2"]) for name in NAMES.values()}
+        texts[column] = pa.array([b"a\xffb", b"b"]).view(pa.string())
+        parquet.write_table(pa.table(texts), tmp_path / "t.parquet")
+        with pytest.raises(UserError, match=r"cannot be read as Parquet \(.*UTF8"):
+            _read_ratings(tmp_path / "t.parquet")
+
+    def test_parquet_names_that_are_not_utf8(self, tmp_path: Path) -> None:
+        path = tmp_path / "t.parquet"
+        parquet.write_table(pa.table({name: ["1", "2"] for name in NAMES.values()}), path)
+        path.write_bytes(path.read_bytes().replace(b"user", b"us\xffr"))
+        with pytest.raises(UserError, match="cannot be read as Parquet"):
+            _read_ratings(path)
+
 
 HOLED = np.array([[1.0, np.nan, 3.0], [np.nan, 0.0, -2.5]])
 

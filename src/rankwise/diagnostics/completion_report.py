@@ -164,6 +164,8 @@ def spectrum_figure(singular_values: Sequence[float]) -> Figure:
         places = np.arange(1, len(values) + 1)
         axes.plot(places, values, "o-", color=plots.colour(0), markersize=6, linewidth=1)
         _scale(axes, values)
+        if axes.get_yscale() == "linear":
+            axes.set_ylim(bottom=0)  # cut off, values that are nearly equal would look like a steep fall
         axes.set_xlabel("direction")
         axes.set_ylabel("singular value")
         axes.set_xlim(0.5, max(len(values), 5) + 0.5)

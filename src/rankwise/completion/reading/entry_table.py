@@ -231,7 +231,7 @@ def _parquet_chunks(
                 yield texts[0], texts[1], numbers
                 if progress is not None:
                     progress(size * record // total, size)
-    except (pa.ArrowException, OSError, KeyError) as error:
+    except (pa.ArrowException, OSError, KeyError, UnicodeDecodeError) as error:  # names need not be UTF-8
         raise UserError(
             f"{file} cannot be read as Parquet ({str(error).splitlines()[0]}); is it cut short, or another format?"
         ) from None
@@ -280,6 +280,7 @@ def _labels(labels: Any) -> Any:
         names = pa.array(texts, pa.string())
     else:
         names = pc.utf8_trim_whitespace(names.cast(pa.string()))
+        names.validate(full=True)  # a Parquet file may call bytes a string that are none
     return pa.DictionaryArray.from_arrays(coded.indices, names)
 
 

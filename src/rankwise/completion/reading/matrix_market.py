@@ -52,7 +52,7 @@ def read_matrix_market(path: Path, progress: Progress | None = None) -> sp.coo_a
             )
         sizes = _sizes(next((line for line in lines if not line.startswith("%") and line.strip()), ""), form, path)
         kind = _ENTRY if form == "coordinate" else np.dtype(np.float64)
-        parts = []
+        parts: list[NDArray[Any]] = []
         for part in _numbers(lines, kind, path):
             parts.append(part)
             if progress is not None:
