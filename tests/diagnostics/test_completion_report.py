@@ -174,6 +174,7 @@ def test_figures_show_the_numbers() -> None:
     assert axes.lines[0].get_ydata().tolist() == [4.0, 2.0, 0.5]
     assert axes.get_yscale() == "log"
     assert spectrum_figure([4.0, 3.0]).axes[0].get_yscale() == "linear"
+    assert spectrum_figure([4.0, 3.0]).axes[0].get_ylim()[0] == 0  # nearly equal values do not look like a fall
     panels = convergence_figure(PATH + EVIDENCE).axes
     assert [axes.get_title(loc="left") for axes in panels[:2]] == ["path", "evidence"]
     assert panels[0].lines[0].get_ydata().tolist() == [10.0**-i for i in range(1, 5)]
