@@ -1,11 +1,19 @@
 """Every figure runs, quickly; what was measured and committed is what was expected."""
 
+import importlib
 import json
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+from rankwise.completion.gradient_descent import gradient_descent, narrow_random_start
 from reproduction.__main__ import ROOT, figures, main
+from reproduction.icml24.completion_problem import PlantedCompletion, Recorder
+from reproduction.icml24.fig5 import run as fig5
+from reproduction.icml24.full_width import full_width_descent
 from reproduction.record import deviations
 
 pytest.importorskip("matplotlib")
@@ -28,6 +36,27 @@ def test_the_committed_numbers_are_within_tolerance(figure: str) -> None:
 
 
 @pytest.mark.parametrize("figure", figures())
+def test_the_committed_numbers_come_from_the_settings_in_the_code(figure: str) -> None:
+    measured = json.loads((ROOT / figure / "measured.json").read_text())
+    module = importlib.import_module("reproduction." + figure.replace("/", ".") + ".run")
+    assert measured["settings"] == json.loads(json.dumps(module.SETTINGS))
+
+
+@pytest.mark.parametrize("figure", figures())
+def test_the_readme_states_the_committed_numbers(figure: str) -> None:
+    """Every number that has a published value to be compared with."""
+    measured, expected = (json.loads((ROOT / figure / f"{kind}.json").read_text()) for kind in ("measured", "expected"))
+    readme = (ROOT / figure / "README.md").read_text()
+    for check in expected["checks"]:
+        if "value" in check:
+            number: Any = measured["results"]
+            for part in check["key"].split("."):
+                number = number[part]
+            stated = f"{number:,}" if isinstance(number, int) else f"{number:.2e}".replace("e-0", "e-")
+            assert stated in readme, check["key"]
+
+
+@pytest.mark.parametrize("figure", figures())
 def test_a_figure_runs(figure: str, tmp_path: Path) -> None:
     assert main([figure, "--quick", "--out", str(tmp_path)]) == 0
     assert json.loads((tmp_path / "measured.json").read_text())["quick"]
@@ -42,3 +71,72 @@ def test_a_number_outside_its_tolerance_is_named() -> None:
     (line,) = deviations({"a": {"b": 11.5}, "c": 1}, {"checks": checks})
     assert "a.b is 11.5" in line
     assert "here" in line
+
+
+def test_the_seed_fixes_a_figures_numbers_whatever_was_drawn_before() -> None:
+    """At a size where the compression's SVD is sketched; to 1e-9 since rounding depends on where arrays lie in memory."""
+    small = {"size": 150, "rank": 2, "observed": 0.5, "stop_at_mean_loss": 1e-9, "max_iter": 200}
+    settings = {**fig5.QUICK, "small": small, "init_scale": 0.1}
+    errors = []
+    for drawn_before in (1, 2):
+        torch.manual_seed(drawn_before)
+        results, _ = fig5._small(settings, seed=0)
+        errors.append([results[name]["held_out_error"] for name in ("full_width", "compressed", "stalled")])
+    np.testing.assert_allclose(errors[0], errors[1], rtol=1e-9)
+
+
+def test_the_planted_problem_is_the_papers() -> None:
+    d, r, p = 101, 3, 0.3
+    problem = PlantedCompletion.draw(d, r, p, seed=0)
+    full = problem.left @ problem.right.T
+    singular_values = np.linalg.svd(full, compute_uv=False)
+    assert singular_values[r - 1] > 0.7 * 2 * d**0.5
+    assert singular_values[0] == pytest.approx(2 * d**0.5, rel=0.1)
+    assert singular_values[r] < 1e-10
+    seen = problem.observations
+    assert seen.count == int(p * d * d)
+    np.testing.assert_allclose(seen.values, full[seen.row_of_each(), seen.columns], atol=1e-12)
+
+
+def test_recovery_error_and_the_stopping_loss_are_means_over_all_entries() -> None:
+    """Against dense sums: half the squared error where nothing was observed, over d²; the loss likewise."""
+    problem = PlantedCompletion.draw(24, 2, 0.6, seed=1)
+    full, mask = problem.left @ problem.right.T, problem.observations.matrix().toarray() != 0
+    dense: list[tuple[float, float]] = []
+
+    def also(step: Any) -> None:
+        E = step.factors.left @ step.factors.core @ step.factors.right.T - full
+        dense.append((0.5 * float(np.mean(np.where(mask, 0, E**2))), 0.5 * float(np.mean(np.where(mask, E**2, 0)))))
+
+    stop_at = 1e-3
+    recorder = Recorder(problem, stop_at, every=1, also=also)
+    start = narrow_random_start(problem.observations, 4, init_scale=0.3)
+    settings: dict[str, Any] = {"learning_rate": 5e-3, "outer_lr_ratio": 1.0, "tol": 0.0, "max_iter": 5000}
+    gradient_descent(problem.observations, rank=1, start=start, callback=recorder, **settings)
+    np.testing.assert_allclose([error for _, _, error in recorder.curve], [held_out for held_out, _ in dense])
+    losses = [loss for _, loss in dense]
+    assert losses[-1] <= stop_at < losses[-2]
+    assert recorder.summary()["iterations"] == len(dense) - 1
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_full_width_step_is_autograds(depth: int) -> None:
+    rng = np.random.default_rng(0)
+    full, mask, eta = rng.standard_normal((6, 6)), rng.random((6, 6)) < 0.5, 0.01
+    weights = [rng.standard_normal((6, 6)) for _ in range(depth)]
+    tensors = [torch.tensor(weight, requires_grad=True) for weight in weights]
+    f = tensors[0]
+    for tensor in tensors[1:]:
+        f = tensor @ f
+    loss = 0.5 * ((f - torch.tensor(full))[torch.tensor(mask)] ** 2).sum()
+    expected = [w - eta * g for w, g in zip(tensors, torch.autograd.grad(loss, tensors), strict=True)]
+    seen: list[float] = []
+
+    def note(iteration: int, at: float, f: Any) -> bool:
+        seen.append(at)
+        return False
+
+    assert full_width_descent(weights, np.where(mask, full, 0), mask, eta, 1, note) == 1
+    assert seen[0] == pytest.approx(loss.item())
+    for got, want in zip(weights, expected, strict=True):
+        np.testing.assert_allclose(got, want.detach().numpy(), atol=1e-12)

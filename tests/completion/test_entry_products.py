@@ -1,5 +1,7 @@
 """Every kernel against dense float64 algebra."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -78,3 +80,21 @@ def test_what_does_not_fit_is_refused():
         entry_products(seen, left.astype(np.float32), right.astype(np.float32))
     with pytest.raises(ValueError, match="out was made"):
         entry_products(seen, left, right, out=EntryProducts.empty(seen, 2))
+
+
+def test_the_fastest_kernel_is_chosen_by_what_is_installed_and_how_much_there_is(monkeypatch):
+    seen, *_ = problem(np.float64)
+
+    def with_threads(threads):
+        return SimpleNamespace(get_num_threads=lambda: threads)
+
+    monkeypatch.setattr(module, "_ONE_THREAD_BELOW", seen.count)
+    for numba, expected in (
+        (None, module.numpy_chunks),
+        (with_threads(1), module.numba_serial),
+        (with_threads(4), module.numba_threads),
+    ):
+        monkeypatch.setattr(module, "numba", numba)
+        assert module.fastest_kernel(seen) is expected
+    monkeypatch.setattr(module, "_ONE_THREAD_BELOW", seen.count + 1)
+    assert module.fastest_kernel(seen) is module.numba_serial

@@ -19,7 +19,7 @@ SETTINGS: dict[str, Any] = {
     "learning_rates": {"2": 1e-2, "3": 3e-2},
     "stop_at_mean_loss": 1e-10,
     "widths": [10, 20, 40, 70, 100],
-    "max_iter": 60_000,
+    "max_iter": 300_000,
     "trials": 3,
 }
 QUICK: dict[str, Any] = {**SETTINGS, "size": 30, "widths": [10, 20], "max_iter": 300, "trials": 1}
@@ -40,12 +40,13 @@ def measure(settings: dict[str, Any], seed: int) -> dict[str, Any]:
         }
         at_rank = results[f"rank_{rank}"]
         narrowest, widest = str(settings["widths"][0]), str(settings["widths"][-1])
-        at_rank["widest_two_over_three_error"] = (
-            at_rank["depth_2"][widest]["held_out_error"] / at_rank["depth_3"][widest]["held_out_error"]
-        )
-        at_rank["three_narrowest_over_widest_iterations"] = (
-            at_rank["depth_3"][narrowest]["iterations"] / at_rank["depth_3"][widest]["iterations"]
-        )
+        two, three = at_rank["depth_2"], at_rank["depth_3"]
+        at_rank["widest_two_over_three_error"] = two[widest]["held_out_error"] / three[widest]["held_out_error"]
+        for name, cells in (("two", two), ("three", three)):
+            at_rank[f"{name}_widest_over_narrowest_error"] = (
+                cells[widest]["held_out_error"] / cells[narrowest]["held_out_error"]
+            )
+        at_rank["three_narrowest_over_widest_iterations"] = three[narrowest]["iterations"] / three[widest]["iterations"]
     return {"results": results, "curves": {}}
 
 

@@ -134,6 +134,7 @@ def _small(settings: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[st
     deep = DeepLinear.orthogonal(
         small["size"], settings["depth"], settings["init_scale"], generator=generator, dtype=torch.float64
     )
+    torch.manual_seed(seed)  # from_full_width sketches its SVD from torch's own stream
     narrow = CompressedDeepLinear.from_full_width(deep, torch.from_numpy(-target), small["rank"])
     start = CompletionFactors(*(p.detach().numpy() for p in (narrow.left, narrow.inner, narrow.right)))
     gamma = settings["outer_lr_ratio"]
@@ -226,9 +227,9 @@ def draw(record: dict[str, Any]) -> Figure:
             color=BLUE,
         )
         axes[0, 0].annotate(
-            f"stalls at {results['stalled']['held_out_error']:.2g}",
+            f"stalls at\n{results['stalled']['held_out_error']:.1e}".replace("e-0", "e-"),
             (results["stalled"]["iterations"], results["stalled"]["held_out_error"]),
-            xytext=(0, 7),
+            xytext=(0, 5),
             textcoords="offset points",
             ha="right",
             color=ORANGE,
