@@ -15,11 +15,10 @@ from hypothesis import strategies as st
 
 from rankwise import __version__
 from rankwise.cli.main import main
+from tests.cli.complaints import Captured, complaint
 from tests.finetuning.tiny_checkpoint import offline_environment
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-Captured = pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +30,6 @@ def runs(tiny: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Sim
         code = main(["finetune", "--model", tiny.model, "--data", tiny.pairs, "--out", str(root / method), *arguments])
         assert code == 0
     return SimpleNamespace(deep=root / "deep-lora", lora=root / "lora")
-
-
-def complaint(capsys: Captured) -> str:
-    """stderr of a failed command, after checking that a person can read it."""
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    assert "unexpected failure" not in captured.err
-    assert re.search(r"^error: \S", captured.err, re.MULTILINE | re.IGNORECASE), captured.err
-    return captured.err
 
 
 # --- what works

@@ -1,7 +1,6 @@
 """``rankwise compare`` from outside: help, mistakes, and going on with a study."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +8,11 @@ from types import SimpleNamespace
 import pytest
 
 from rankwise.cli.main import main
+from tests.cli.complaints import Captured, complaint
 from tests.finetuning.comparison.tiny_studies import found, lines
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
 
-Captured = pytest.CaptureFixture[str]
 SMALL = (
     "--shots 8 --seeds 2 --budget 2 --tune-shots 8 --tune-seeds 1 --steps 2 --batch-size 4 --rank 4 --precision fp32"
 )
@@ -21,15 +20,6 @@ SMALL = (
 
 def run(command: str, **places: object) -> int:
     return main([word.format(**places) for word in command.split()])
-
-
-def complaint(capsys: Captured) -> str:
-    """The one message of a failed command, after checking that a person can read it."""
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    assert "unexpected failure" not in captured.err
-    assert len(re.findall(r"^error: \S", captured.err, re.MULTILINE | re.IGNORECASE)) == 1, captured.err
-    return captured.err
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rankwise.cli import complete as command
 from rankwise.cli.main import main
 from rankwise.completion import DeepMatrixCompletion
+from rankwise.completion_runs import CompletionRun
+from rankwise.completion_runs.folder import MetricsFile
+from tests.cli.complaints import Captured, complaint
 
-Captured = pytest.CaptureFixture[str]
 TABLE = "--row user --col item --value rating --jobs 1"
 FILES = {"config.json", "labels.json", "metrics.jsonl", "model", "report.html", "summary.json"}
 
@@ -70,15 +71,6 @@ def predicted(path: Path) -> list[dict[str, str]]:
 
 def summary(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "summary.json").read_text(encoding="utf-8"))  # type: ignore[no-any-return]
-
-
-def complaint(capsys: Captured) -> str:
-    """stderr of a failed command, after checking that a person can read it."""
-    captured = capsys.readouterr()
-    assert "Traceback" not in captured.out + captured.err
-    assert "unexpected failure" not in captured.err
-    assert re.search(r"^error: \S", captured.err, re.MULTILINE | re.IGNORECASE), captured.err
-    return captured.err
 
 
 # --- what works
@@ -184,15 +176,15 @@ def test_an_interrupted_run_goes_on_without_reading_again(
     run: Path, ratings: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ["complete", str(ratings), *TABLE.split(), "--out", str(tmp_path / "run")]
-    append = command._MetricsFile.append
+    append = MetricsFile.append
 
-    def stopped(self: command._MetricsFile, entry: dict[str, Any]) -> None:
+    def stopped(self: MetricsFile, entry: dict[str, Any]) -> None:
         if entry.get("iteration") == 2:
             raise KeyboardInterrupt
         append(self, entry)
 
     with monkeypatch.context() as patch:
-        patch.setattr(command._MetricsFile, "append", stopped)
+        patch.setattr(MetricsFile, "append", stopped)
         assert main(arguments) == 1
     assert "the same command starts the fit again" in complaint(capsys)
     assert (tmp_path / "run" / "entries.safetensors").is_file()
@@ -219,7 +211,7 @@ def test_damaged_entries_are_no_traceback(
 ) -> None:
     arguments = ["complete", str(ratings), *TABLE.split(), "--out", str(tmp_path / "run")]
     with monkeypatch.context() as patch:
-        patch.setattr(command._Run, "_fitted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(CompletionRun, "_fitted", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert main(arguments) == 1
     (tmp_path / "run" / "entries.safetensors").write_bytes(b"damaged")
     capsys.readouterr()

@@ -372,6 +372,9 @@ def test_pickles_and_progress(clean, capsys):
         ({"max_iter": 0}, "max_iter must be"),
         ({"dtype": "float16"}, "dtype must be"),
         ({"n_jobs": 0}, "n_jobs must be"),
+        ({"clip": (5, 1)}, "clip must be"),
+        ({"clip": "seen"}, "clip must be"),
+        ({"clip": (1, 2, 3)}, "clip must be"),
     ],
 )
 def test_unusable_options_are_named(clean, parameters, says):

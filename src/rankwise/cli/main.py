@@ -75,14 +75,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _report_failure(error: Exception) -> int:
-    from rankwise.errors import UserError
+    from rankwise.errors import Interrupted, UserError
 
     if isinstance(error, UserError):
         return _complain(str(error), 2)
-    if type(error).__name__ == "Interrupted":
+    if isinstance(error, Interrupted):
         return _complain(str(error), 1)
     if isinstance(error, MemoryError):
-        return _complain("out of memory; a smaller --batch-size or --max-length needs less", 1)
+        return _complain("out of memory; a smaller batch, a shorter maximal length or a lower rank needs less", 1)
     if isinstance(error, OSError):
         where = f" ({error.filename})" if error.filename else ""
         return _complain(

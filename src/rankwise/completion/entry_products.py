@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.completion.kernels import gather_columns
 from rankwise.completion.observations import Observations
 
 numba: Any = None
@@ -138,7 +139,7 @@ def numba_threads(observations: Observations, A: Floats, B: Floats, out: EntryPr
     _compiled(_over_rows, True)(
         seen.row_starts, seen.columns, seen.values, A, B, out.residual, out.left, out.row_squares
     )
-    _compiled(_over_columns, True)(seen.column_starts, seen.rows, seen.order, out.residual, A, out.right)
+    gather_columns(seen.column_starts, seen.rows, seen.order, A, out.residual, out=out.right)
 
 
 def numpy_chunks(observations: Observations, A: Floats, B: Floats, out: EntryProducts) -> None:
@@ -216,21 +217,3 @@ def _over_rows(
             for k in range(width):
                 EB[i, k] += difference * B[j, k]
         row_squares[i] = squares
-
-
-def _over_columns(
-    column_starts: NDArray[np.int64],
-    rows: NDArray[np.int32],
-    order: NDArray[np.int32],
-    residual: Floats,
-    A: Floats,
-    EtA: Floats,
-) -> None:
-    width = A.shape[1]
-    for j in prange(EtA.shape[0]):
-        for k in range(width):
-            EtA[j, k] = 0
-        for e in range(column_starts[j], column_starts[j + 1]):
-            i, difference = rows[e], residual[order[e]]
-            for k in range(width):
-                EtA[j, k] += difference * A[i, k]

@@ -342,6 +342,7 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
     # -- in between ------------------------------------------------------------------------------------------------
 
     def _options(self) -> SolverOptions:
+        self._check_clip()
         return SolverOptions(
             rank=self.rank,
             depth=self.depth,
@@ -396,6 +397,14 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
                 del self.feature_names_in_
         elif width != self.n_features_in_:
             raise UserError(f"X has {width} columns, but the model was fitted on {self.n_features_in_}")
+
+    def _check_clip(self) -> None:
+        if self.clip is None or isinstance(self.clip, str):
+            fine = self.clip in (None, "observed")
+        else:
+            fine = len(self.clip) == 2 and bool(self.clip[0] <= self.clip[1])
+        if not fine:
+            raise UserError(f"clip must be (low, high) with low ≤ high, 'observed' or None, got {self.clip!r}")
 
     def _clipped(self, values: Array) -> Array:
         if self.clip is None:

@@ -19,7 +19,7 @@ class Calibration:
     Attributes:
         scores: |error| / spread, rising; at most 20,000 of them.
         rmse: root mean square of the errors.
-        rmse_interval: 95 % interval of ``rmse`` over which entries were held out.
+        rmse_interval: 95 % interval of ``rmse`` over which entries were held out, by the normal law of the mean square.
         baseline_rmse: the same for intercepts alone.
         count: held-out entries.
     """
@@ -53,19 +53,16 @@ def calibrate(observations: Observations, options: SolverOptions, fraction: floa
     truth = observations.values[hidden].astype(np.float64)
     error = np.abs(truth - solution.at(row, column))
     spread = np.maximum(solution.spread_at(row, column), np.finfo(np.float64).tiny)
-    rng = np.random.default_rng(seed)
     scores = error / spread
     if len(scores) > _MOST_SCORES:
-        scores = rng.choice(scores, _MOST_SCORES, replace=False)
+        scores = np.random.default_rng(seed).choice(scores, _MOST_SCORES, replace=False)
     squares = error**2
-    again = [float(np.mean(rng.choice(squares, min(len(squares), _MOST_SCORES)))) for _ in range(200)]
-    widen = np.sqrt(min(1.0, _MOST_SCORES / len(squares)))  # resamples smaller than the whole vary more than it would
-    center = float(np.mean(squares))
-    low, high = (center + widen * (np.quantile(again, q) - center) for q in (0.025, 0.975))
+    mean = float(np.mean(squares))
+    margin = 1.96 * float(np.std(squares)) / len(squares) ** 0.5
     return Calibration(
         np.sort(scores),
-        center**0.5,
-        (max(0.0, low) ** 0.5, max(0.0, high) ** 0.5),
+        mean**0.5,
+        (max(0.0, mean - margin) ** 0.5, (mean + margin) ** 0.5),
         float(np.sqrt(np.mean((truth - solution.fallback.at(row, column)) ** 2))),
         len(error),
     )

@@ -83,7 +83,9 @@ def project_out_rows(
     return change
 
 
-def gather_columns(column_starts: Index, rows: Index, order: Index, left: Array, values: Array) -> Array:
+def gather_columns(
+    column_starts: Index, rows: Index, order: Index, left: Array, values: Array, out: Array | None = None
+) -> Array:
     """Zᵀ·left for the sparse Z of ``values``: (n, k), the gradient on the column side.
 
     Args:
@@ -92,8 +94,9 @@ def gather_columns(column_starts: Index, rows: Index, order: Index, left: Array,
         order: (nnz,) position in ``values`` of each entry in column order.
         left: (m, k).
         values: (nnz,) in row order.
+        out: filled and returned instead of a new array.
     """
-    total = np.empty((len(column_starts) - 1, left.shape[1]), left.dtype)
+    total = np.empty((len(column_starts) - 1, left.shape[1]), left.dtype) if out is None else out
     with _threads_for(len(rows) * left.shape[1]):
         _gather_columns(column_starts, rows, order, left, values, total)
     return total

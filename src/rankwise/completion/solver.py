@@ -35,13 +35,11 @@ Callback = Callable[[dict[str, Any]], None]
 
 _QUICK_OVERSAMPLING = 2.0  # entries a free parameter that the quick path needs to be trusted
 _CAREFUL_OVERSAMPLING = 1.2
-_CAREFUL_PACE = 0.8  # at oversampling 1.5, condition 10: 18 of 20 recovered; at 0.7 13, at 0.9 18
+_CAREFUL_PACE = 0.8
 _CAREFUL_SLACK = 2  # directions that may come and go again on the careful path
 _NEARLY_FITTED = 30  # times the tolerance: how well fewer directions must fit to be preferred
 _WEAK_DIRECTION = 1e-3  # of the largest: worth a try to do without
-_LITTLE_NOISE = (
-    0.2  # of the entries' spread; too few entries for the quick path look like .05 to .17, images and traffic .25
-)
+_LITTLE_NOISE = 0.2  # of the entries' spread: noiseless entries that are too few for the quick path look like less
 _LARGEST_DEFAULT_RANK = 40
 _PATIENCE = 4  # steps of the path without a better held-out error
 _HUBER = 1.345  # of the noise: 95 % efficient where the noise is Gaussian (Huber & Ronchetti 2009)
@@ -220,7 +218,7 @@ def _posterior(task: _Task) -> Posterior:
         fit_intercept=task.options.fit_intercept is not False,
         max_iter=task.options.iterations(300),
         seed=task.options.seed,
-        start=_as_posterior(task) if task.start is not None else None,
+        start=_as_posterior(task),
         callback=task.note("evidence"),
     )
 
@@ -319,20 +317,22 @@ def _robustly(task: _Task, route: Callable[[_Task], Solution]) -> Solution:
     """Huber's loss: fit, pull the entries that are far off towards the fit, fit again (Huber & Ronchetti 2009, 7.8)."""
     observed = task.observations
     places = observed.row_of_each(), observed.columns
-    # the first fit must not be to the outliers: a direction spent on one makes it look well fitted ever after
-    before: Array = np.full(observed.count, np.median(observed.values), np.float64)
-    solution: Solution | None = None
-    for _ in range(_HUBER_ROUNDS):
-        residual = observed.values - before
+
+    def pulled(fitted: Array) -> tuple[Observations, float]:
+        residual = observed.values - fitted
         limit = _HUBER * 1.4826 * float(np.median(np.abs(residual)))
-        pulled = (before + np.clip(residual, -limit, limit)).astype(observed.values.dtype)
-        solution = route(task.on(observed.with_values(pulled), solution))
-        now = solution.at(*places)
-        change = _root_mean_square(now - before)
-        before = now
-        if change <= 1e-2 * limit:
+        return observed.with_values((fitted + np.clip(residual, -limit, limit)).astype(observed.values.dtype)), limit
+
+    # the first fit must not be to the outliers: a direction spent on one makes it look well fitted ever after
+    values, _ = pulled(np.full(observed.count, np.median(observed.values), np.float64))
+    solution = route(task.on(values, None))
+    fitted = solution.at(*places)
+    for _ in range(_HUBER_ROUNDS - 1):
+        values, limit = pulled(fitted)
+        solution = route(task.on(values, solution))
+        before, fitted = fitted, solution.at(*places)
+        if _root_mean_square(fitted - before) <= 1e-2 * limit:
             break
-    assert solution is not None  # noqa: S101
     return solution
 
 

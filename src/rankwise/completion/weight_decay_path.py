@@ -30,7 +30,7 @@ Watch = Callable[[Array, Array, dict[str, Any]], bool]
 
 _FIRST_DECAY = 0.5  # of the λ at which nothing fits
 _STEADY_PACE = 0.5
-_FASTEST_PACE = 1e-3
+_FASTEST_PACE, _SLOWEST_PACE = 1e-3, 0.7
 _LAST_DECAY = 1e-13  # of the λ at which nothing fits: below lies rounding
 _FLAT, _FLAT_STEPS = 0.98, 4
 _CG_TOLERANCE = 0.1
@@ -108,14 +108,14 @@ def follow_weight_decay(
         right = V[:, enough] * np.sqrt(sigma).astype(V.dtype)
     else:
         sigma, right, decay = path.resumed(start[:, :max_rank], seed)
-    ratio, previous = pace or _STEADY_PACE, 1.0
+    fall = _Fall(pace)
     history: list[dict[str, Any]] = []
-    flat = 0
+    relative, flat, reason = 1.0, 0, None
     for iteration in range(1, max_iter + 1):
         step = path.step(right, path.weights(decay, sigma))
         factors = step.factors.keep(step.factors.singular_values > _NEGLIGIBLE * step.factors.singular_values[0])
         sigma, right = factors.singular_values, factors.right
-        relative = float(np.sqrt(step.loss)) / scale
+        previous, relative = relative, float(np.sqrt(step.loss)) / scale
         entry = {
             "iteration": iteration,
             "weight_decay": decay / path.first,
@@ -127,38 +127,46 @@ def follow_weight_decay(
         ended = watch is not None and watch(factors.left, factors.right, entry)
         if callback:
             callback(entry)
+        reason = _reason_to_stop(relative, tolerance, len(sigma), trusted_rank, decay / path.first, weight_decay)
         # with room left, a flat residual is a saddle: the next direction enters once λ is low enough
         flat = flat + 1 if len(sigma) == max_rank and relative > _FLAT * previous else 0
-        reason = _reason_to_stop(relative, tolerance, len(sigma), trusted_rank, decay / path.first, weight_decay)
         if flat >= _FLAT_STEPS and weight_decay == 0:
             reason = reason or "stalled"
         if ended:
             reason = reason or "decay"
         if reason or iteration == max_iter:
-            weights = path.weights(decay, sigma)
-            left, _, residual = path.rows(right, weights)
-            relative = float(np.linalg.norm(residual.astype(np.float64))) / scale
-            return PathEnd(Balanced(left, right, sigma), weights, relative, reason or "max_iter", history)
+            break
         entered = 0
         if len(sigma) < max_rank:
-            threshold = path.weights(decay, np.zeros(1))[0]
             count = 1 if pace else min(4, max_rank - len(sigma))
-            _, s, V = leading_triplets(observations.matrix(step.residual), count, seed + iteration)
-            new = s > threshold
-            entered = int(new.sum())
-            if entered:
-                born = s[new] / observations.density
-                right = np.hstack([right, V[:, new] * np.sqrt(born).astype(V.dtype)])
-                sigma = np.concatenate([sigma, born])
-        if pace is None:
-            smooth = step.length == 1 and not entered
-            if smooth and relative < 1.5 * ratio * previous:
-                ratio = max(ratio**1.7, _FASTEST_PACE)  # the residual keeps up with λ: the rest is a straight walk
-            else:
-                ratio = min(max(ratio, 0.1) ** 0.5 if step.length < 1 else max(ratio, _STEADY_PACE), 0.7)
-        previous = relative
+            born, directions = path.new_directions(step.residual, decay, count, seed + iteration)
+            entered = len(born)
+            right, sigma = np.hstack([right, directions]), np.concatenate([sigma, born])
+        ratio = fall.next(relative, previous, step.length, entered)
         decay = max(decay * ratio, weight_decay * path.first, _LAST_DECAY * path.first)
-    raise AssertionError("max_iter must be positive")
+    weights = path.weights(decay, sigma)
+    left, _, residual = path.rows(right, weights)
+    relative = float(np.linalg.norm(residual.astype(np.float64))) / scale
+    return PathEnd(Balanced(left, right, sigma), weights, relative, reason or "max_iter", history)
+
+
+class _Fall:
+    """By how much λ falls from step to step."""
+
+    def __init__(self, pace: float | None):
+        self.pace = pace
+        self.ratio = pace or _STEADY_PACE
+
+    def next(self, residual: float, previous: float, length: float, entered: int) -> float:
+        """After a step of this ``length`` at whose end ``entered`` directions came in."""
+        if self.pace is None:
+            if length == 1 and not entered and residual < 1.5 * self.ratio * previous:
+                self.ratio = max(self.ratio**1.7, _FASTEST_PACE)  # the residual keeps up with λ: a straight walk
+            elif length < 1:
+                self.ratio = min(max(self.ratio, 0.1) ** 0.5, _SLOWEST_PACE)
+            else:
+                self.ratio = min(max(self.ratio, _STEADY_PACE), _SLOWEST_PACE)
+        return self.ratio
 
 
 def _reason_to_stop(
@@ -216,6 +224,13 @@ class _Path:
         factors = factors.keep(factors.singular_values > _NEGLIGIBLE * factors.singular_values[0])
         decay = _FIRST_DECAY * min(max(float(s[0]), _LAST_DECAY * self.first), self.first)
         return factors.singular_values, factors.right, decay
+
+    def new_directions(self, residual: Array, decay: float, count: int, seed: int) -> tuple[Array, Array]:
+        """Singular values (e,) and column factors (n, e) of up to ``count`` directions that pay for their decay."""
+        _, s, V = leading_triplets(self.seen.matrix(residual), count, seed)
+        new = s > self.weights(decay, np.zeros(1))[0]
+        born = s[new] / self.seen.density
+        return born, V[:, new] * np.sqrt(born).astype(V.dtype)
 
     def rows(self, right: Array, weights: Array) -> tuple[Array, Array, Array]:
         k = right.shape[1]

@@ -1,7 +1,8 @@
 """From a labelled table and a pretrained model to a trained adapter in a run folder."""
 
+from rankwise.errors import Interrupted
 from rankwise.finetuning.data import Table, read_table
-from rankwise.finetuning.runner import Interrupted, finetune, resume
+from rankwise.finetuning.runner import finetune, resume
 from rankwise.finetuning.settings import PRESETS, FinetuneSettings
 from rankwise.finetuning.tasks import TASKS, Task, make_task
 

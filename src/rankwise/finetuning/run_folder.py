@@ -2,17 +2,14 @@
 
 import json
 import os
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from rankwise import __version__
 from rankwise.errors import UserError
 from rankwise.files import write_json
 
 FORMAT_VERSION = 1
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")  # whose versions a run records
 
 
 class RunFolder:
@@ -102,34 +99,3 @@ class RunFolder:
             if number.isdigit() and (folder / "trainer_state.json").is_file() and (folder / "optimizer.pt").is_file():
                 found.append((int(number), folder))
         return max(found, default=None)
-
-
-def environment() -> dict[str, Any]:
-    """Versions and git revision; nothing from the environment's variables."""
-    packages: dict[str, str | None] = {}
-    for name in ("torch", "transformers", "peft", "accelerate", "numpy"):
-        try:
-            packages[name] = version(name)
-        except PackageNotFoundError:
-            packages[name] = None
-    return {
-        "rankwise": __version__,
-        "python": platform.python_version(),
-        "platform": platform.system(),
-        "packages": packages,
-        "git_revision": _git_revision(),
-    }
-
-
-def _git_revision() -> str | None:
-    """Commit of the checkout that rankwise runs from; None for an installed wheel or without git."""
-    root = Path(__file__).resolve().parents[3]
-    if not (root / ".git").exists() or not (root / "src" / "rankwise").is_dir():
-        return None
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

@@ -19,14 +19,15 @@ from transformers import set_seed
 
 from rankwise.adapters import save_as_lora
 from rankwise.diagnostics import adapter_spectra
-from rankwise.errors import UserError
+from rankwise.environment import environment
+from rankwise.errors import Interrupted, UserError
 from rankwise.files import replacing_folder
 from rankwise.finetuning.data import Table, draw, read_table
 from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
-from rankwise.finetuning.run_folder import RunFolder, environment
+from rankwise.finetuning.run_folder import PACKAGES, RunFolder
 from rankwise.finetuning.settings import AUTO, FinetuneSettings
 from rankwise.finetuning.tasks import Task, make_task
 from rankwise.finetuning.trainer import RunRecorder
@@ -43,10 +44,6 @@ from rankwise.finetuning.training import (
 )
 
 logger = logging.getLogger(__name__)
-
-
-class Interrupted(RuntimeError):
-    """The run was stopped by Ctrl-C and can be resumed; the message says how."""
 
 
 @dataclass(frozen=True)
@@ -395,5 +392,5 @@ def _config(
         },
         "precision": precision,
         "precision_seconds": timing,
-        "environment": environment(),
+        "environment": environment(PACKAGES),
     }

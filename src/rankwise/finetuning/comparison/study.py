@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 from rich.console import Console
 
+from rankwise.environment import environment
 from rankwise.errors import UserError
 from rankwise.files import write_json
 from rankwise.finetuning.comparison.progress import counting
@@ -21,7 +22,7 @@ from rankwise.finetuning.comparison.report import write_comparison_report
 from rankwise.finetuning.comparison.statistics import chosen_learning_rate
 from rankwise.finetuning.comparison.summary import summarize, summary_lines
 from rankwise.finetuning.comparison.trial import forget_tables, load_task, run_trial, split_rows, training_rows
-from rankwise.finetuning.run_folder import FORMAT_VERSION, environment
+from rankwise.finetuning.run_folder import FORMAT_VERSION, PACKAGES
 
 BACKENDS = ("processes", "dask")
 
@@ -87,8 +88,9 @@ class StudyFolder:
         shown.pop("data_root")  # where a machine keeps its data is nobody else's business
         content = {"format_version": FORMAT_VERSION, "settings": shown, "tables": tables}
         environments = self._read().get("environments", [])
-        if environment() not in environments:  # one for every version that made some of the rows
-            environments.append(environment())
+        here = environment(PACKAGES)
+        if here not in environments:  # one for every version that made some of the rows
+            environments.append(here)
         content["environments"] = environments
         write_json(self.settings_file, content)
 

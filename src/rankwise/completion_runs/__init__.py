@@ -1,0 +1,7 @@
+"""Runs of ``rankwise complete``: what was asked for, the folder it fills, predictions from it."""
+
+from rankwise.completion_runs.predictions import Pairs, predict_from
+from rankwise.completion_runs.run import CompletionRun
+from rankwise.completion_runs.settings import CompletionSettings, parsed_bounds
+
+__all__ = ["CompletionRun", "CompletionSettings", "Pairs", "parsed_bounds", "predict_from"]
