@@ -12,7 +12,7 @@ from rankwise import __version__
 
 app = typer.Typer(
     name="rankwise",
-    help="Learning with low-rank structure: adapters whose rank is found, not chosen.",
+    help="Learning with low-rank structure: adapters from a few labels, matrices with holes.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -37,7 +37,7 @@ def _root(
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
-    """Learning with low-rank structure: adapters whose rank is found, not chosen."""
+    """Learning with low-rank structure: adapters from a few labels, matrices with holes."""
 
 
 for _name in _COMMANDS:
