@@ -18,7 +18,7 @@ class Balanced(NamedTuple):
     right: Array
     singular_values: Array
 
-    def keep(self, kept: NDArray[np.bool_]) -> "Balanced":
+    def keep(self, kept: NDArray[np.bool_] | slice) -> "Balanced":
         return Balanced(self.left[:, kept], self.right[:, kept], self.singular_values[kept])
 
 

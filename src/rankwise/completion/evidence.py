@@ -18,17 +18,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rankwise.completion import kernels
-from rankwise.completion.intercepts import Intercepts, fit_intercepts
+from rankwise.completion.intercepts import Intercepts
 from rankwise.completion.observations import Observations
-from rankwise.completion.sparse_svd import leading_triplets
 
 Array = NDArray[np.floating]
 Callback = Callable[[dict[str, Any]], None]
 
 _IRRELEVANT = 1e-4  # a direction whose part of an entry has less than this much of the noise's variance is dropped
+_UNTOLD = (
+    0.5  # a direction whose mean is less than this much of its own spread, rows and columns together, is dropped at
+)
+# the end: it is on its way to zero, by ever smaller steps
 _SETTLED = 0.01  # relative change of the noise's precision in a sweep
 _FIXED = 1e12  # the prior precision of an intercept that is left out
-_SETTLING = 2  # sweeps before the precisions are fitted: the first factors are still a guess
 
 
 @dataclass(frozen=True)
@@ -60,46 +62,90 @@ class Posterior:
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
+def posterior_around(
+    observations: Observations, intercepts: Intercepts, left: Array, right: Array, noise: float, *, fit_intercept: bool
+) -> Posterior:
+    """Where the sweeps start: an earlier fit as means, with the spread that this much noise leaves each column.
+
+    Args:
+        observations: the noisy entries.
+        intercepts: μ, b, c of the earlier fit.
+        left: (m, k) its row factors.
+        right: (n, k) its column factors.
+        noise: σ of the entries around the truth, not around the fit: see :func:`noise_behind`.
+        fit_intercept: without, μ, b and c stay 0.
+    """
+    dtype = observations.values.dtype
+    height, width = observations.shape
+    k = right.shape[1]
+    noise = max(noise, _rounding(observations.values))
+    nothing = 1e-12 * noise**2
+    rows, columns = intercepts.rows[:, None], intercepts.columns[:, None]
+    row_power = np.maximum(_mean_squares(np.hstack([rows, left])), nothing)
+    column_power = np.maximum(_mean_squares(np.hstack([columns, right])), nothing)
+    told = np.concatenate([[1.0], row_power[1:]])  # by one observation, about each coordinate of a column
+    spread = 1 / (observations.column_counts[:, None] * told / noise**2 + 1 / column_power)
+    covariances = np.zeros((width, 1 + k, 1 + k), dtype)
+    covariances[:, range(1 + k), range(1 + k)] = spread
+    row_prior, column_prior = (1 / row_power).astype(dtype), (1 / column_power).astype(dtype)
+    means = np.hstack([columns, right]).astype(dtype)
+    if not fit_intercept:
+        means[:, 0] = covariances[:, 0, 0] = 0
+        row_prior[0] = column_prior[0] = _FIXED
+    return Posterior(
+        intercepts.mean if fit_intercept else 0.0,
+        np.zeros((height, 1 + k), dtype),
+        means,
+        np.zeros((height, 1 + k, 1 + k), dtype),
+        covariances,
+        row_prior,
+        column_prior,
+        noise,
+        False,
+    )
+
+
+def noise_behind(residual: float, rank: int, observations: Observations) -> float:
+    """σ of the noise, of which fitting ``rank`` directions without shrinkage left only ``residual``.
+
+    A direction takes m + n of the nnz degrees of freedom; at least a twentieth counts as left.
+    """
+    free = 1 - rank * sum(observations.shape) / observations.count
+    return float(residual / np.sqrt(max(free, 0.05)))
+
+
 def fit_evidence(
     observations: Observations,
+    start: Posterior,
     *,
-    max_rank: int,
-    fit_intercept: bool = True,
-    tolerance: float = 3e-3,
+    tolerance: float = 4e-3,
     max_iter: int = 100,
-    seed: int = 0,
-    start: Posterior | None = None,
     callback: Callback | None = None,
 ) -> Posterior:
     """Alternate the posteriors of rows and columns with the precisions until the noise level settles.
 
     Args:
         observations: the noisy entries.
-        max_rank: directions to start with; those without support are dropped on the way.
-        fit_intercept: with b_i, c_j and μ; without, all three stay 0.
+        start: what to go on from, see :func:`posterior_around`; directions without support are dropped on the way, none
+            is added.
         tolerance: stop when a sweep turns the columns' directions by less than this much of their own uncertainty and
             changes 1/σ² by less than this, relatively.
         max_iter: sweeps at most.
-        seed: of the start's Lanczos process.
-        start: a posterior to go on from.
         callback: called with each sweep's entry of the history.
 
     Returns:
         :class:`Posterior`.
     """
     across = observations.transposed()
-    posterior = start or _spectral_start(observations, max_rank, fit_intercept, seed)
-    mean = posterior.mean
+    mean = start.mean
     values, crossed = observations.values - mean, across.values - mean
-    M, C = posterior.column_means, posterior.column_covariances
-    row_prior, column_prior = posterior.row_prior, posterior.column_prior
-    precision = before = 1 / posterior.noise**2
+    M, C = start.column_means, start.column_covariances
+    row_prior, column_prior = start.row_prior, start.column_prior
+    precision = before = 1 / start.noise**2
     history: list[dict[str, Any]] = []
     converged = False
-    # noise below this is rounding; without a floor the precision of a matrix that is fitted exactly has no end
-    rounding = float(np.finfo(values.dtype).eps) ** 0.4 * float(np.std(observations.values.astype(np.float64)))
-    least = max(len(values) * rounding**2, float(np.finfo(values.dtype).tiny))
-    A, CA = posterior.row_means, posterior.row_covariances
+    least = len(values) * _rounding(observations.values) ** 2
+    A, CA = start.row_means, start.row_covariances
     for sweep in range(1, max_iter + 1):
         A, CA, _ = kernels.posterior_rows(
             observations.row_starts, observations.columns, values, M, C, row_prior, precision
@@ -108,27 +154,28 @@ def fit_evidence(
         M, C, squares = kernels.posterior_rows(
             across.row_starts, across.columns, crossed, A, CA, column_prior, precision
         )
-        if sweep > _SETTLING or start is not None:
-            row_prior, column_prior = _prior(A, CA, row_prior), _prior(M, C, column_prior)
-            before = precision
-            precision = len(values) / max(float(squares.sum()), least)
-            settled = abs(precision - before) < _SETTLED * precision
-            relevance = precision * (A[:, 1:] ** 2).mean(0) * (M[:, 1:] ** 2).mean(0)
-            kept = np.concatenate([[True], relevance > _IRRELEVANT])
-            if settled and not kept.all():  # before, a weak direction may only wait for the noise to be seen as less
-                A, M = A[:, kept], M[:, kept]
-                CA, C = CA[:, kept][:, :, kept], C[:, kept][:, :, kept]
-                row_prior, column_prior = row_prior[kept], column_prior[kept]
+        row_prior, column_prior = _prior(A, CA, row_prior), _prior(M, C, column_prior)
+        before = precision
+        precision = len(values) / max(float(squares.sum()), least)
         noise = precision**-0.5
         uncertainty = noise * ((M.shape[1] - 1) * sum(observations.shape) / len(values)) ** 0.5
         turned = _turn(M_before, M, A) / max(uncertainty, float(np.finfo(np.float64).tiny))
+        change = abs(precision - before) / precision
+        converged = bool(turned < tolerance and change < tolerance)
+        kept = np.ones(M.shape[1], bool)
+        if change < _SETTLED:  # before, a weak direction may only wait for the noise to be seen as less
+            kept[1:] = precision * _mean_squares(A[:, 1:]) * _mean_squares(M[:, 1:]) > _IRRELEVANT
+        if converged:
+            kept[1:] &= _told_from_nothing(A, CA)[1:] * _told_from_nothing(M, C)[1:] > _UNTOLD**2
+        if not kept.all():
+            converged = False
+            A, M = A[:, kept], M[:, kept]
+            CA, C = CA[:, kept][:, :, kept], C[:, kept][:, :, kept]
+            row_prior, column_prior = row_prior[kept], column_prior[kept]
         entry = {"iteration": sweep, "noise": noise, "rank": M.shape[1] - 1, "turned": turned}
         history.append(entry)
         if callback:
             callback(entry)
-        converged = bool(
-            sweep > _SETTLING + 1 and turned < tolerance and abs(precision - before) < tolerance * precision
-        )
         if converged:
             break
     return Posterior(
@@ -145,6 +192,25 @@ def fit_evidence(
     )
 
 
+def _rounding(values: Array) -> float:
+    """Noise below this is rounding; without a floor the precision of a matrix that is fitted exactly has no end."""
+    dtype = np.finfo(values.dtype)
+    spread = float(np.std(values.astype(np.float64)))
+    return max(
+        float(dtype.eps) ** 0.4 * spread, float(dtype.eps) * float(np.abs(values).max()), float(dtype.tiny) ** 0.25
+    )
+
+
+def _mean_squares(means: Array) -> NDArray[np.float64]:
+    return np.mean(np.square(means, dtype=np.float64), axis=0)
+
+
+def _told_from_nothing(means: Array, covariances: Array) -> NDArray[np.float64]:
+    """Each coordinate's mean square over its variance: large where the entries have determined it."""
+    variances = np.einsum("iaa->a", covariances, dtype=np.float64) / len(means)
+    return _mean_squares(means) / np.maximum(variances, np.finfo(np.float64).tiny)
+
+
 def _turn(before: Array, now: Array, rows: Array) -> float:
     """Root mean square over all entries of what the new column factors add outside the span of the old ones.
 
@@ -159,41 +225,6 @@ def _turn(before: Array, now: Array, rows: Array) -> float:
 
 def _prior(means: Array, covariances: Array, before: Array) -> Array:
     """Precision of each coordinate's prior: one over its mean square. An intercept left out keeps its own."""
-    second = (means.astype(np.float64) ** 2).sum(0) + np.einsum("iaa->a", covariances, dtype=np.float64)
-    fitted = len(means) / np.maximum(second, np.finfo(np.float64).tiny)
+    second = _mean_squares(means) + np.einsum("iaa->a", covariances, dtype=np.float64) / len(means)
+    fitted = 1 / np.maximum(second, np.finfo(np.float64).tiny)
     return np.where(before >= _FIXED, before, fitted).astype(means.dtype)
-
-
-def _spectral_start(observations: Observations, max_rank: int, fit_intercept: bool, seed: int) -> Posterior:
-    """Intercepts by ridge regression, factors from the leading singular triplets of what they leave."""
-    height, width = observations.shape
-    dtype = observations.values.dtype
-    intercepts = fit_intercepts(observations) if fit_intercept else Intercepts.none(observations.shape)
-    rest = intercepts.residual(observations)
-    spread = float(np.std(rest.astype(np.float64))) or 1.0
-    _, s, V = leading_triplets(observations.matrix(rest), max_rank, seed)
-    k = len(s)
-    sizes = s / observations.density / np.sqrt(height * width)  # root mean square of each direction over the matrix
-    sizes = np.maximum(sizes * min(1.0, spread / np.sqrt((sizes**2).sum() or 1.0)), 1e-6 * spread)
-    M = np.empty((width, 1 + k), dtype)
-    M[:, 0] = intercepts.columns
-    M[:, 1:] = V * np.sqrt(width * sizes)
-    variance = np.concatenate([[spread**2 / 10], sizes])
-    covariances = np.zeros((width, 1 + k, 1 + k), dtype)
-    covariances[:, range(1 + k), range(1 + k)] = variance / 10
-    prior = (1 / variance).astype(dtype)
-    if not fit_intercept:
-        prior[0] = _FIXED
-        covariances[:, 0, 0] = 0
-    A = np.zeros((height, 1 + k), dtype)
-    return Posterior(
-        intercepts.mean,
-        A,
-        M,
-        np.zeros((height, 1 + k, 1 + k), dtype),
-        covariances,
-        prior,
-        prior.copy(),
-        spread / np.sqrt(2),
-        False,
-    )

@@ -5,13 +5,14 @@
 1. Everything observed: the truncated SVD.
 2. The weight-decay path, quick. If it fits the entries with far fewer numbers than there are entries, no noise could
    have done that: the matrix is recovered.
-3. Otherwise the entries are noisy, or too few for a quick path: the evidence weighs rank, shrinkage and noise.
-4. Where the evidence finds little noise, the path is walked again in small steps, which recovers from fewer entries
-   (oversampling 1.5 instead of 2); what it fits with few numbers is taken.
+3. Otherwise the entries are noisy, or too few for a quick path: from the path's end the evidence weighs rank, shrinkage
+   and noise. If every direction that was offered has support, it starts again with more.
+4. Where there is little noise, the path is walked again in small steps, which recovers from fewer entries (oversampling
+   1.5 instead of 2); what it fits with few numbers is taken.
 """
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from rankwise.completion import kernels
 from rankwise.completion.balanced import Balanced, balanced
-from rankwise.completion.evidence import Posterior, fit_evidence
+from rankwise.completion.evidence import Posterior, fit_evidence, noise_behind, posterior_around
 from rankwise.completion.gradient_descent import GradientDescentStep, gradient_descent
 from rankwise.completion.intercepts import Intercepts, fit_intercepts
 from rankwise.completion.observations import Observations
@@ -40,7 +41,10 @@ _CAREFUL_SLACK = 2  # directions that may come and go again on the careful path
 _NEARLY_FITTED = 30  # times the tolerance: how well fewer directions must fit to be preferred
 _WEAK_DIRECTION = 1e-3  # of the largest: worth a try to do without
 _LITTLE_NOISE = 0.2  # of the entries' spread: noiseless entries that are too few for the quick path look like less
+_LITTLE_OVERFITTED_NOISE = 0.1  # the same, after a fit with as many directions as can be
 _LARGEST_DEFAULT_RANK = 40
+_CHEAP_RANK = 20  # with so few directions at most, all may be let in to see what they leave
+_INTERCEPT_DIRECTIONS = 2  # what taking intercepts off may add to the rank
 _PATIENCE = 4  # steps of the path without a better held-out error
 _HUBER = 1.345  # of the noise: 95 % efficient where the noise is Gaussian (Huber & Ronchetti 2009)
 _HUBER_ROUNDS = 10
@@ -57,9 +61,8 @@ def default_rank(observations: Observations) -> int:
         >>> default_rank(as_observations(np.ones((30, 20))))
         10
     """
-    height, width = observations.shape
-    most = int(observations.count / (_CAREFUL_OVERSAMPLING * (height + width)))
-    return max(1, min(most, height, width, _LARGEST_DEFAULT_RANK))
+    most = _directions(observations, _CAREFUL_OVERSAMPLING)
+    return max(1, min(most, *observations.shape, _LARGEST_DEFAULT_RANK))
 
 
 def solve(
@@ -169,29 +172,129 @@ class _Task:
         return replace(end, factors=Balanced(found.right, found.left, found.singular_values))
 
 
+@dataclass(frozen=True)
+class _Walk:
+    """A quick path on ``rest``, which ``intercepts`` left; ``unasked`` if nobody wanted those taken off."""
+
+    end: PathEnd
+    rest: Observations
+    intercepts: Intercepts
+    unasked: bool
+
+
 def _recover_or_weigh(task: _Task) -> Solution:
-    intercepts, rest = task.without_intercepts()
-    quick, careful = (int(rest.count / (o * sum(rest.shape))) for o in (_QUICK_OVERSAMPLING, _CAREFUL_OVERSAMPLING))
-    # one direction more than can be trusted may enter, so that needing it shows, and soon
-    end = _walk(task, rest, "path", max_rank=quick + 1, trusted_rank=quick)
-    if end is not None:
-        return _from_path(task, end, intercepts, rest)
-    posterior = _posterior(task)
-    if posterior.noise < _LITTLE_NOISE * float(np.std(task.observations.values.astype(np.float64))):
-        end = _walk(task, rest, "careful path", max_rank=careful + _CAREFUL_SLACK, pace=_CAREFUL_PACE)
-        if end is not None and len(end.factors.singular_values) > careful:
-            end = None
-        if end is not None:
-            return _from_path(task, end, intercepts, rest)
+    return _weigh(task, recovers=True)
+
+
+def _weigh(task: _Task, recovers: bool = False) -> Solution:
+    """The evidence, on as many directions as it supports; before it, where ``recovers``, a matrix without noise."""
+    seen = task.observations
+    most = min(task.rank, default_rank(seen))
+    trusted = min(_directions(seen, _QUICK_OVERSAMPLING), most)
+    spread = float(np.std(seen.values.astype(np.float64)))
+    earlier = _as_posterior(task)
+    for width in sorted({trusted, most}):
+        found = None
+        if earlier is None or recovers:
+            walk = _walk(task, most, width)
+            start = earlier or _start(task, walk, most)
+            if recovers:
+                found = _recovered(task, walk, trusted)
+                if found is None and width == most and start.noise < _LITTLE_OVERFITTED_NOISE * spread:
+                    recovers, found = False, _carefully_recovered(task)
+        else:
+            start = earlier
+        if found is not None:
+            return found
+        posterior = fit_evidence(seen, start, max_iter=task.options.iterations(300), callback=task.note("evidence"))
+        if recovers and posterior.noise < _LITTLE_NOISE * spread:
+            recovers, found = False, _carefully_recovered(task)
+            if found is not None:
+                return found
+        every_one_kept = posterior.column_means.shape[1] - 1 > width
+        if earlier is not None or not (every_one_kept or (recovers and most <= _CHEAP_RANK)):
+            break
     return _from_posterior(task, posterior)
 
 
-def _walk(task: _Task, rest: Observations, stage: str, *, max_rank: int, **options: Any) -> PathEnd | None:
-    """The path's end if it fits the entries with few enough directions to be trusted."""
-    if options.get("trusted_rank", max_rank) < 1:
+def _walk(task: _Task, most: int, trusted: int) -> _Walk:
+    """A quick path to at most ``trusted`` directions and one more, so that needing it shows, and soon.
+
+    Where the values are mostly their mean it is walked on what the intercepts leave, even if nobody asked for them: it
+    is shorter, and shows noise sooner.
+    """
+    intercepts, rest = task.without_intercepts()
+    unasked = task.options.fit_intercept is None and _mostly_mean(rest.values)
+    if unasked:
+        intercepts = fit_intercepts(rest)
+        rest = rest.with_values(intercepts.residual(rest))
+        most += _INTERCEPT_DIRECTIONS
+    end = task.follow(rest, "path", max_rank=max(1, min(most, trusted + 1)), trusted_rank=max(1, trusted))
+    return _Walk(end, rest, intercepts, unasked)
+
+
+def _mostly_mean(values: Array) -> bool:
+    mean = float(values.mean(dtype=np.float64))
+    return mean**2 > 0.5 * float(np.mean(np.square(values, dtype=np.float64)))
+
+
+def _recovered(task: _Task, walk: _Walk, trusted: int) -> Solution | None:
+    """The matrix, if the walk fits the entries with few enough directions to be trusted."""
+    if walk.end.reason != "fitted" or trusted < 1:
         return None
-    end = task.follow(rest, stage, max_rank=min(task.rank, max_rank), **options)
-    return _fewest(task, rest, end) if end.reason == "fitted" else None
+    end = walk.end
+    if walk.unasked:
+        # to the same matrix without intercepts, which are directions like others where there is no noise
+        found = _with_intercepts(end.factors, walk.intercepts, 1.0)
+        _, rest = task.without_intercepts()
+        most = min(task.rank, trusted + 1)
+        end = task.follow(rest, "path", earlier=found, max_rank=most, trusted_rank=trusted)
+    return _fitted_by_few(task, end, trusted)
+
+
+def _carefully_recovered(task: _Task) -> Solution | None:
+    """The same in small steps, which need fewer entries."""
+    _, rest = task.without_intercepts()
+    trusted = _directions(rest, _CAREFUL_OVERSAMPLING)
+    if trusted < 1:
+        return None
+    most = min(task.rank, trusted + _CAREFUL_SLACK)
+    return _fitted_by_few(task, task.follow(rest, "careful path", max_rank=most, pace=_CAREFUL_PACE), trusted)
+
+
+def _fitted_by_few(task: _Task, end: PathEnd, trusted: int) -> Solution | None:
+    if end.reason != "fitted":
+        return None
+    intercepts, rest = task.without_intercepts()
+    end = _fewest(task, rest, end)
+    return _from_path(task, end, intercepts, rest) if len(end.factors.singular_values) <= trusted else None
+
+
+def _directions(observations: Observations, oversampling: float) -> int:
+    """How many directions have that many entries for each of their numbers."""
+    return int(observations.count / (oversampling * sum(observations.shape)))
+
+
+def _start(task: _Task, walk: _Walk, most: int) -> Posterior:
+    """Where the evidence starts: the walk's end, with intercepts if they are wanted, and the noise that it points to."""
+    seen, factors, intercepts = task.observations, walk.end.factors, walk.intercepts
+    width = len(factors.singular_values)
+    noise = noise_behind(walk.end.residual * _root_mean_square(walk.rest.values), width, seen)
+    wanted = task.options.fit_intercept
+    if wanted is None and not walk.unasked:
+        intercepts = fit_intercepts(seen)
+        factors = _with_intercepts(factors, intercepts, -1.0).keep(slice(width))
+    factors = factors.keep(slice(most))
+    return posterior_around(seen, intercepts, factors.left, factors.right, noise, fit_intercept=wanted is not False)
+
+
+def _with_intercepts(factors: Balanced, intercepts: Intercepts, sign: float) -> Balanced:
+    """The factors of left·rightᵀ ± (μ + b + c), two directions more."""
+    left, right = factors.left, factors.right
+    rows = sign * (intercepts.rows + intercepts.mean)[:, None].astype(left.dtype)
+    columns = intercepts.columns[:, None].astype(right.dtype)
+    ones = np.ones_like
+    return balanced(np.hstack([left, rows, sign * ones(rows)]), np.hstack([right, ones(columns), columns]))
 
 
 def _fewest(task: _Task, rest: Observations, end: PathEnd) -> PathEnd:
@@ -205,22 +308,6 @@ def _fewest(task: _Task, rest: Observations, end: PathEnd) -> PathEnd:
         if without.residual > _NEARLY_FITTED * task.options.tolerance:
             return end
         end = replace(without, reason="fitted")
-
-
-def _weigh(task: _Task) -> Solution:
-    return _from_posterior(task, _posterior(task))
-
-
-def _posterior(task: _Task) -> Posterior:
-    return fit_evidence(
-        task.observations,
-        max_rank=min(task.rank, default_rank(task.observations)),
-        fit_intercept=task.options.fit_intercept is not False,
-        max_iter=task.options.iterations(300),
-        seed=task.options.seed,
-        start=_as_posterior(task),
-        callback=task.note("evidence"),
-    )
 
 
 def _decay(task: _Task) -> Solution:
@@ -407,29 +494,12 @@ def _from_posterior(task: _Task, posterior: Posterior) -> Solution:
 
 
 def _as_posterior(task: _Task) -> Posterior | None:
-    """An earlier solution as a posterior to go on from; None if its columns are not these."""
+    """An earlier solution as a posterior to go on from; None if there is none, or its columns are not these."""
     start, seen = task.start, task.observations
     if start is None or len(start.right) != seen.shape[1] or start.noise == 0:
         return None
-    k, dtype = start.right.shape[1], seen.values.dtype
-    M = np.hstack([start.intercepts.columns[:, None], start.right]).astype(dtype)
-    second = np.maximum((M.astype(np.float64) ** 2).mean(0), 1e-12 * start.noise**2)
-    rows = np.concatenate(
-        [[max(float(np.mean(start.intercepts.rows**2)), 1e-12 * start.noise**2)], (start.left**2).mean(0) + 1e-300]
-    )
-    covariances = np.zeros((len(M), 1 + k, 1 + k), dtype)
-    covariances[:, range(1 + k), range(1 + k)] = 0.01 * second
-    return Posterior(
-        start.intercepts.mean,
-        np.zeros((seen.shape[0], 1 + k), dtype),
-        M,
-        np.zeros((seen.shape[0], 1 + k, 1 + k), dtype),
-        covariances,
-        (1 / rows).astype(dtype),
-        (1 / second).astype(dtype),
-        start.noise,
-        False,
-    )
+    wanted = task.options.fit_intercept is not False
+    return posterior_around(seen, start.intercepts, start.left, start.right, start.noise, fit_intercept=wanted)
 
 
 def _truncated_svd(task: _Task) -> Solution:
