@@ -25,10 +25,10 @@ Array = NDArray[np.floating]
 Callback = Callable[[dict[str, Any]], None]
 
 _IRRELEVANT = 1e-4  # a direction whose part of an entry has less than this much of the noise's variance is dropped
+_CLOSER = 0.4
 _UNTOLD = (
-    0.5  # a direction whose mean is less than this much of its own spread, rows and columns together, is dropped at
+    0.5  # a direction whose mean is less than this much of its spread is on its way to zero, by ever smaller steps
 )
-# the end: it is on its way to zero, by ever smaller steps
 _SETTLED = 0.01  # relative change of the noise's precision in a sweep
 _FIXED = 1e12  # the prior precision of an intercept that is left out
 
@@ -118,7 +118,7 @@ def fit_evidence(
     observations: Observations,
     start: Posterior,
     *,
-    tolerance: float = 4e-3,
+    tolerance: float = 1e-2,
     max_iter: int = 100,
     callback: Callback | None = None,
 ) -> Posterior:
@@ -129,7 +129,8 @@ def fit_evidence(
         start: what to go on from, see :func:`posterior_around`; directions without support are dropped on the way, none
             is added.
         tolerance: stop when a sweep turns the columns' directions by less than this much of their own uncertainty and
-            changes 1/σ² by less than this, relatively.
+            changes 1/σ² by less than this, relatively; four tenths of it while a direction is nearer to nothing than to
+            certainty, which may still go.
         max_iter: sweeps at most.
         callback: called with each sweep's entry of the history.
 
@@ -161,12 +162,14 @@ def fit_evidence(
         uncertainty = noise * ((M.shape[1] - 1) * sum(observations.shape) / len(values)) ** 0.5
         turned = _turn(M_before, M, A) / max(uncertainty, float(np.finfo(np.float64).tiny))
         change = abs(precision - before) / precision
-        converged = bool(turned < tolerance and change < tolerance)
+        told = np.sqrt(_told_from_nothing(A, CA) * _told_from_nothing(M, C))[1:]
+        limit = tolerance if (told > 1).all() else _CLOSER * tolerance
+        converged = bool(turned < limit and change < limit)
         kept = np.ones(M.shape[1], bool)
         if change < _SETTLED:  # before, a weak direction may only wait for the noise to be seen as less
             kept[1:] = precision * _mean_squares(A[:, 1:]) * _mean_squares(M[:, 1:]) > _IRRELEVANT
         if converged:
-            kept[1:] &= _told_from_nothing(A, CA)[1:] * _told_from_nothing(M, C)[1:] > _UNTOLD**2
+            kept[1:] &= told > _UNTOLD
         if not kept.all():
             converged = False
             A, M = A[:, kept], M[:, kept]
@@ -206,7 +209,7 @@ def _mean_squares(means: Array) -> NDArray[np.float64]:
 
 
 def _told_from_nothing(means: Array, covariances: Array) -> NDArray[np.float64]:
-    """Each coordinate's mean square over its variance: large where the entries have determined it."""
+    """Each coordinate's mean square over its variance: above 1 where the entries tell more than they leave open."""
     variances = np.einsum("iaa->a", covariances, dtype=np.float64) / len(means)
     return _mean_squares(means) / np.maximum(variances, np.finfo(np.float64).tiny)
 
