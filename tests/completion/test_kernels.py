@@ -10,9 +10,11 @@ NAMES = (
     "ridge_rows",
     "project_out_rows",
     "gather_columns",
-    "block_triangles",
+    "block_sums",
+    "factor_blocks",
     "solve_blocks",
-    "posterior_rows",
+    "expected_moments",
+    "posteriors",
     "entries_at",
 )
 
@@ -101,7 +103,7 @@ def test_gather_columns_is_the_transposed_product(implementation, dtype):
 def test_blocks_factor_and_solve(implementation, dtype):
     seen, _, right, rng = problem(dtype)
     penalty = np.array([0.5, 1.0, 2.0], dtype)
-    triangles = kernels.block_triangles(seen.row_starts, seen.columns, right, penalty)
+    triangles = kernels.factor_blocks(kernels.block_sums(seen.row_starts, seen.columns, right), penalty)
     sides = rng.standard_normal((seen.shape[0], 3)).astype(dtype)
     solution = kernels.solve_blocks(triangles, sides)
     for i in range(seen.shape[0]):
@@ -109,16 +111,15 @@ def test_blocks_factor_and_solve(implementation, dtype):
         close((X.T @ X + np.diag(penalty)) @ solution[i], sides[i], dtype)
 
 
-def test_posterior_rows_is_the_gaussian_posterior(implementation, dtype):
+def test_posteriors_are_the_gaussian_posterior(implementation, dtype):
     """The expectations over uncertain columns, by the Gaussian's own moments, dense."""
     seen, _, _, rng = problem(dtype)
     k = 3
     means = rng.standard_normal((seen.shape[1], k)).astype(dtype)
     covariances = np.stack([0.1 * symmetric(rng, k, dtype) for _ in range(seen.shape[1])])
     prior, precision = np.array([0.5, 1.0, 2.0], dtype), 1.7
-    mean, covariance, squares = kernels.posterior_rows(
-        seen.row_starts, seen.columns, seen.values, means, covariances, prior, precision
-    )
+    moments = kernels.expected_moments(seen.row_starts, seen.columns, seen.values, means, covariances)
+    mean, covariance, squares = kernels.posteriors(moments, prior, precision)
     for i in range(seen.shape[0]):
         at = slice(seen.row_starts[i], seen.row_starts[i + 1])
         S, h, power = np.zeros((k, k)), np.zeros(k), 0.0

@@ -22,6 +22,10 @@ The run folder then holds model/, summary.json, predictions.csv and report.html.
 goes on with. Later predictions from a finished run:
 
   rankwise complete --from runs/ml --predict more.csv --predictions more-filled.csv
+
+More entries than one machine holds: the same command under torchrun, the run folder where every machine sees it:
+
+  torchrun --nproc-per-node 2 -m rankwise complete ratings.csv --row user --col item --value rating --out runs/ml
 """
 
 _DATA, _MODEL, _PREDICTION, _PICTURE = "Data", "Model", "Predictions", "Pictures"
@@ -148,7 +152,15 @@ def complete(
         clip=runs.parsed_bounds(clip), max_iter=max_iter, dtype=dtype, calibrate=calibrate, seed=seed,
     )  # fmt: skip
     settings.check(data, predicts=pairs is not None, with_intervals=pairs is not None and pairs.level is not None)
-    runs.CompletionRun(Path(out), data, settings, jobs, console).go(pairs)
+    with runs.torchrun_processes() as together:
+        jobs = runs.fair_jobs(jobs)
+        if together.rank > 0:
+            runs.follow(Path(out), settings, jobs, together)
+            return
+        others = runs.Others(together) if together.size > 1 else None
+        runs.CompletionRun(Path(out), data, settings, jobs, console, others).go(pairs)
+        if others is not None:  # where it failed, torchrun ends them: they may be waiting in the middle of a fit
+            others.end()
 
 
 def _check_threads(jobs: int | None) -> None:

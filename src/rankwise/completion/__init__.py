@@ -14,6 +14,7 @@ from rankwise.completion.estimator import DeepMatrixCompletion, IntervalPredicti
 from rankwise.completion.gradient_descent import GradientDescentResult, gradient_descent
 from rankwise.completion.intervals import Calibration
 from rankwise.completion.observations import Observations, as_observations
+from rankwise.completion.sharding import shard_rows
 from rankwise.completion.solver import default_rank
 
 __all__ = [
@@ -25,4 +26,5 @@ __all__ = [
     "as_observations",
     "default_rank",
     "gradient_descent",
+    "shard_rows",
 ]

@@ -5,6 +5,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.completion.collective import ALONE, Collective
+
 Array = NDArray[np.floating]
 
 
@@ -22,8 +24,10 @@ class Balanced(NamedTuple):
         return Balanced(self.left[:, kept], self.right[:, kept], self.singular_values[kept])
 
 
-def balanced(left: Array, right: Array) -> Balanced:
+def balanced(left: Array, right: Array, collective: Collective = ALONE) -> Balanced:
     """The balanced factors of left·rightᵀ, by two thin QRs and one k × k SVD: O((m + n)k²).
+
+    With several processes ``left`` is each one's rows, ``right`` the same for all.
 
     Example:
         >>> import numpy as np
@@ -31,7 +35,7 @@ def balanced(left: Array, right: Array) -> Balanced:
         >>> balanced(np.array([[3.0], [4.0]]), np.array([[2.0]])).singular_values.tolist()
         [10.0]
     """
-    Q_left, T_left = np.linalg.qr(left)
+    Q_left, T_left = _tall_qr(left, collective)
     Q_right, T_right = np.linalg.qr(right)
     U, s, Vh = np.linalg.svd(T_left @ T_right.T)
     width = len(s)
@@ -39,6 +43,17 @@ def balanced(left: Array, right: Array) -> Balanced:
     return Balanced(
         np.ascontiguousarray(Q_left @ (U[:, :width] * half)), np.ascontiguousarray(Q_right @ (Vh[:width].T * half)), s
     )
+
+
+def _tall_qr(left: Array, collective: Collective) -> tuple[Array, Array]:
+    """QR of everybody's rows: the triangles of everybody's own, one below the other, have the same triangle."""
+    Q, T = np.linalg.qr(left)
+    if collective.size == 1:
+        return Q, T
+    counts = collective.parts(len(T))
+    start = sum(counts[: collective.rank])
+    Q_all, T = np.linalg.qr(collective.stacked(T))
+    return Q @ Q_all[start : start + counts[collective.rank]], T
 
 
 def deep_factors(factors: Balanced, depth: int) -> tuple[Array, Array, Array]:

@@ -167,10 +167,12 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         self.observations_ = observations
         self.calibration_: Calibration | None = None
         self._take(solution)
-        self.unobserved_rows_ = np.flatnonzero(observations.row_counts == 0)
-        self.unobserved_columns_ = np.flatnonzero(observations.column_counts == 0)
-        self.merged_duplicates_ = observations.merged
-        self.value_range_ = (float(observations.values.min()), float(observations.values.max()))
+        self.unobserved_rows_ = np.flatnonzero(~solution.row_seen)
+        self.unobserved_columns_ = np.flatnonzero(~solution.column_seen)
+        together = observations.collective
+        self.merged_duplicates_ = together.total(observations.merged)
+        ranges = together.parts((float(observations.values.min()), float(observations.values.max())))
+        self.value_range_ = (min(low for low, _ in ranges), max(high for _, high in ranges))
         return self
 
     def _take(self, solution: Solution) -> None:

@@ -30,6 +30,7 @@ _UNTOLD = (
     0.5  # a direction whose mean is less than this much of its spread is on its way to zero, by ever smaller steps
 )
 _SETTLED = 0.01  # relative change of the noise's precision in a sweep
+_TINY = float(np.finfo(np.float64).tiny)
 _FIXED = 1e12  # the prior precision of an intercept that is left out
 
 
@@ -78,10 +79,10 @@ def posterior_around(
     dtype = observations.values.dtype
     height, width = observations.shape
     k = right.shape[1]
-    noise = max(noise, _rounding(observations.values))
+    noise = max(noise, _rounding(observations))
     nothing = 1e-12 * noise**2
     rows, columns = intercepts.rows[:, None], intercepts.columns[:, None]
-    row_power = np.maximum(_mean_squares(np.hstack([rows, left])), nothing)
+    row_power = np.maximum(_Rows(observations).mean_squares(np.hstack([rows, left])), nothing)
     column_power = np.maximum(_mean_squares(np.hstack([columns, right])), nothing)
     told = np.concatenate([[1.0], row_power[1:]])  # by one observation, about each coordinate of a column
     spread = 1 / (observations.column_counts[:, None] * told / noise**2 + 1 / column_power)
@@ -110,7 +111,7 @@ def noise_behind(residual: float, rank: int, observations: Observations) -> floa
 
     A direction takes m + n of the nnz degrees of freedom; at least a twentieth counts as left.
     """
-    free = 1 - rank * sum(observations.shape) / observations.count
+    free = 1 - rank * sum(observations.whole_shape) / observations.count
     return float(residual / np.sqrt(max(free, 0.05)))
 
 
@@ -137,41 +138,49 @@ def fit_evidence(
     Returns:
         :class:`Posterior`.
     """
-    across = observations.transposed()
     mean = start.mean
-    values, crossed = observations.values - mean, across.values - mean
+    total, agreed = observations.collective.total, observations.collective.agreed
+    rows = _Rows(observations)
+    values = observations.values - mean
+    crossed = values[observations.order]
     M, C = start.column_means, start.column_covariances
     row_prior, column_prior = start.row_prior, start.column_prior
     precision = before = 1 / start.noise**2
     history: list[dict[str, Any]] = []
     converged = False
-    least = len(values) * _rounding(observations.values) ** 2
+    least = observations.count * _rounding(observations) ** 2
     A, CA = start.row_means, start.row_covariances
     for sweep in range(1, max_iter + 1):
-        A, CA, _ = kernels.posterior_rows(
-            observations.row_starts, observations.columns, values, M, C, row_prior, precision
-        )
+        told_rows = kernels.expected_moments(observations.row_starts, observations.columns, values, M, C)
+        A, CA, _ = kernels.posteriors(told_rows, row_prior, precision)
         M_before = M
-        M, C, squares = kernels.posterior_rows(
-            across.row_starts, across.columns, crossed, A, CA, column_prior, precision
-        )
-        row_prior, column_prior = _prior(A, CA, row_prior), _prior(M, C, column_prior)
+        told_columns = kernels.expected_moments(observations.column_starts, observations.rows, crossed, A, CA)
+        second, first, power = told_columns
+        told_columns = total(second), total(first), total(power)
+        M, C, squares = kernels.posteriors(told_columns, column_prior, precision)
+        M, C, squares = agreed(M), agreed(C), agreed(squares)
+        row_power, column_power = rows.mean_squares(A), _mean_squares(M)
+        row_variance, column_variance = rows.mean_variances(CA), _mean_variances(C)
+        row_prior = _prior(row_power + row_variance, row_prior)
+        column_prior = _prior(column_power + column_variance, column_prior)
         before = precision
-        precision = len(values) / max(float(squares.sum()), least)
+        precision = observations.count / max(float(squares.sum()), least)
         noise = precision**-0.5
-        uncertainty = noise * ((M.shape[1] - 1) * sum(observations.shape) / len(values)) ** 0.5
-        turned = _turn(M_before, M, A) / max(uncertainty, float(np.finfo(np.float64).tiny))
+        uncertainty = noise * ((M.shape[1] - 1) * sum(observations.whole_shape) / observations.count) ** 0.5
+        turned = _turn(M_before, M, row_power) / max(uncertainty, float(np.finfo(np.float64).tiny))
         change = abs(precision - before) / precision
-        told = np.sqrt(_told_from_nothing(A, CA) * _told_from_nothing(M, C))[1:]
+        # mean over spread, rows and columns together: above 1 the entries tell more than they leave open
+        told = np.sqrt(row_power * column_power / np.maximum(row_variance * column_variance, _TINY))[1:]
         limit = tolerance if (told > 1).all() else _CLOSER * tolerance
         converged = bool(turned < limit and change < limit)
         kept = np.ones(M.shape[1], bool)
         if change < _SETTLED:  # before, a weak direction may only wait for the noise to be seen as less
-            kept[1:] = precision * _mean_squares(A[:, 1:]) * _mean_squares(M[:, 1:]) > _IRRELEVANT
+            kept[1:] = (precision * row_power * column_power)[1:] > _IRRELEVANT
         if converged:
             kept[1:] &= told > _UNTOLD
+        kept = agreed(kept)
+        converged = agreed(converged) and bool(kept.all())
         if not kept.all():
-            converged = False
             A, M = A[:, kept], M[:, kept]
             CA, C = CA[:, kept][:, :, kept], C[:, kept][:, :, kept]
             row_prior, column_prior = row_prior[kept], column_prior[kept]
@@ -195,26 +204,36 @@ def fit_evidence(
     )
 
 
-def _rounding(values: Array) -> float:
+def _rounding(observations: Observations) -> float:
     """Noise below this is rounding; without a floor the precision of a matrix that is fitted exactly has no end."""
-    dtype = np.finfo(values.dtype)
-    spread = float(np.std(values.astype(np.float64)))
-    return max(
-        float(dtype.eps) ** 0.4 * spread, float(dtype.eps) * float(np.abs(values).max()), float(dtype.tiny) ** 0.25
-    )
+    dtype = np.finfo(observations.values.dtype)
+    largest = max(observations.collective.parts(float(np.abs(observations.values).max(initial=0))))
+    return max(float(dtype.eps) ** 0.4 * observations.spread(), float(dtype.eps) * largest, float(dtype.tiny) ** 0.25)
 
 
 def _mean_squares(means: Array) -> NDArray[np.float64]:
     return np.mean(np.square(means, dtype=np.float64), axis=0)
 
 
-def _told_from_nothing(means: Array, covariances: Array) -> NDArray[np.float64]:
-    """Each coordinate's mean square over its variance: above 1 where the entries tell more than they leave open."""
-    variances = np.einsum("iaa->a", covariances, dtype=np.float64) / len(means)
-    return _mean_squares(means) / np.maximum(variances, np.finfo(np.float64).tiny)
+def _mean_variances(covariances: Array) -> NDArray[np.float64]:
+    return np.einsum("iaa->a", covariances, dtype=np.float64) / len(covariances)
 
 
-def _turn(before: Array, now: Array, rows: Array) -> float:
+class _Rows:
+    """The same means over everybody's rows."""
+
+    def __init__(self, observations: Observations):
+        self.total = observations.collective.total
+        self.share = observations.shape[0] / observations.whole_shape[0]
+
+    def mean_squares(self, means: Array) -> NDArray[np.float64]:
+        return self.total(self.share * _mean_squares(means))
+
+    def mean_variances(self, covariances: Array) -> NDArray[np.float64]:
+        return self.total(self.share * _mean_variances(covariances))
+
+
+def _turn(before: Array, now: Array, row_power: NDArray[np.float64]) -> float:
     """Root mean square over all entries of what the new column factors add outside the span of the old ones.
 
     Only the span counts: within it the factors go on turning towards the prior's axes long after nothing else moves.
@@ -223,11 +242,9 @@ def _turn(before: Array, now: Array, rows: Array) -> float:
         return 0.0
     Q, _ = np.linalg.qr(before[:, 1:])
     outside = now[:, 1:] - Q @ (Q.T @ now[:, 1:])
-    return float(np.sqrt(np.sum((outside**2).mean(0) * (rows[:, 1:] ** 2).mean(0), dtype=np.float64)))
+    return float(np.sqrt(_mean_squares(outside) @ row_power[1:]))
 
 
-def _prior(means: Array, covariances: Array, before: Array) -> Array:
+def _prior(second: NDArray[np.float64], before: Array) -> Array:
     """Precision of each coordinate's prior: one over its mean square. An intercept left out keeps its own."""
-    second = _mean_squares(means) + np.einsum("iaa->a", covariances, dtype=np.float64) / len(means)
-    fitted = 1 / np.maximum(second, np.finfo(np.float64).tiny)
-    return np.where(before >= _FIXED, before, fitted).astype(means.dtype)
+    return np.where(before >= _FIXED, before, 1 / np.maximum(second, _TINY)).astype(before.dtype)

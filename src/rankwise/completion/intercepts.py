@@ -1,6 +1,7 @@
 """μ + b_i + c_j: what is known of an entry before its low-rank part, and all there is for an unseen row or column."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,8 @@ class Intercepts:
     def rows_of(self, observations: Observations) -> Array:
         """(m',) intercepts of rows known or not: shrunken means of what μ and the columns leave."""
         rest = observations.values - self.mean - self.columns[observations.columns]
-        return _shrunken(observations.row_of_each(), rest, observations.row_counts, self.shrinkage)
+        counts = observations.row_counts
+        return _shrunken(np.bincount(observations.row_of_each(), rest, len(counts)), counts, self.shrinkage)
 
     def residual(self, observations: Observations) -> Array:
         """What they leave of the observed values, (nnz,) in row order."""
@@ -56,29 +58,31 @@ def fit_intercepts(observations: Observations) -> Intercepts:
         (2.5, [-1.0, 1.0, 0.0])
     """
     row, column = observations.row_of_each(), observations.columns
+    total = observations.collective.total
     y = observations.values.astype(np.float64)
-    mean = float(y.mean())
+    mean = observations.mean(y)
     y = y - mean
     height, width = observations.shape
     b: Array = np.zeros(height)
     c: Array = np.zeros(width)
     row_counts, column_counts = observations.row_counts, observations.column_counts
+    seen_rows = total(int(np.count_nonzero(row_counts)))
+    seen_columns = int(np.count_nonzero(column_counts))
     shrink_rows = shrink_columns = 0.0
     for _ in range(_SWEEPS):
-        b = _shrunken(row, y - c[column], row_counts, shrink_rows)
-        c = _shrunken(column, y - b[row], column_counts, shrink_columns)
-        within = float(np.mean((y - b[row] - c[column]) ** 2))
-        shrink_rows = _within_over_between(within, b[row_counts > 0])
-        shrink_columns = _within_over_between(within, c[column_counts > 0])
+        b = _shrunken(np.bincount(row, y - c[column], height), row_counts, shrink_rows)
+        c = _shrunken(total(np.bincount(column, y - b[row], width)), column_counts, shrink_columns)
+        within = observations.mean((y - b[row] - c[column]) ** 2)
+        shrink_rows = _within_over_between(within, total(float(b @ b)) / seen_rows)
+        shrink_columns = _within_over_between(within, float(c @ c) / seen_columns)
     # rows last, so that a row placed later gets what the same row got here
-    return Intercepts(mean, _shrunken(row, y - c[column], row_counts, shrink_rows), c, shrink_rows)
+    return Intercepts(mean, _shrunken(np.bincount(row, y - c[column], height), row_counts, shrink_rows), c, shrink_rows)
 
 
-def _shrunken(group: NDArray[np.integer], values: Array, counts: NDArray[np.integer], shrinkage: float) -> Array:
+def _shrunken(sums: NDArray[Any], counts: NDArray[np.integer], shrinkage: float) -> Array:
     """Each group's mean, as if ``shrinkage`` zeros had been observed in it too; 0 where it is empty."""
-    return np.bincount(group, values, len(counts)) / np.maximum(counts + shrinkage, np.finfo(np.float64).tiny)
+    return sums / np.maximum(counts + shrinkage, np.finfo(np.float64).tiny)
 
 
-def _within_over_between(within: float, means: Array) -> float:
-    between = float(np.mean(means**2)) if len(means) else 0.0
+def _within_over_between(within: float, between: float) -> float:
     return min(within / between, 1e6) if between > 0 else 0.0

@@ -47,10 +47,12 @@ def calibrate(observations: Observations, options: SolverOptions, fraction: floa
     Raises:
         UserError: only one entry is observed.
     """
-    hidden = held_out_mask(observations.count, fraction, seed)
+    together = observations.collective
+    hidden = held_out_mask(len(observations.values), fraction, seed + together.rank)
     solution = solve(observations.subset(~hidden), options)
-    row, column = observations.row_of_each()[hidden], observations.columns[hidden]
-    truth = observations.values[hidden].astype(np.float64)
+    row = together.stacked(observations.row_of_each()[hidden] + observations.first_row)
+    column = together.stacked(observations.columns[hidden])
+    truth = together.stacked(observations.values[hidden].astype(np.float64))
     error = np.abs(truth - solution.at(row, column))
     spread = np.maximum(solution.spread_at(row, column), np.finfo(np.float64).tiny)
     scores = error / spread

@@ -102,12 +102,19 @@ def gather_columns(
     return total
 
 
-def block_triangles(starts: Index, columns: Index, factor: Array, penalty: Array) -> Array:
-    """(m, k, k) lower Cholesky factors of Σ_j x_j x_jᵀ + diag(penalty), one block a row."""
-    triangles = np.empty((len(starts) - 1, factor.shape[1], factor.shape[1]), factor.dtype)
+def block_sums(starts: Index, columns: Index, factor: Array) -> Array:
+    """(m, k, k): Σ_j x_j x_jᵀ over the observed j of each row."""
+    sums = np.empty((len(starts) - 1, factor.shape[1], factor.shape[1]), factor.dtype)
     with _threads_for(len(columns) * factor.shape[1] ** 2):
-        _block_triangles(starts, columns, factor, penalty, triangles)
-    return triangles
+        _block_sums(starts, columns, factor, sums)
+    return sums
+
+
+def factor_blocks(sums: Array, penalty: Array) -> Array:
+    """The lower Cholesky factors of S + diag(penalty) for each S of ``sums`` (m, k, k), in its place."""
+    with _threads_for(sums.size * sums.shape[1]):
+        _factor_blocks(sums, penalty)
+    return sums
 
 
 def solve_blocks(triangles: Array, right_hand_sides: Array) -> Array:
@@ -118,35 +125,53 @@ def solve_blocks(triangles: Array, right_hand_sides: Array) -> Array:
     return solution
 
 
-def posterior_rows(
-    starts: Index,
-    columns: Index,
-    values: Array,
-    means: Array,
-    covariances: Array,
-    prior: Array,
-    precision: float,
-) -> tuple[Array, Array, Array]:
-    """Gaussian posterior of every row's intercept and factor, the columns' being uncertain themselves.
+def expected_moments(
+    starts: Index, columns: Index, values: Array, means: Array, covariances: Array
+) -> tuple[Array, Array, NDArray[np.float64]]:
+    """What the entries of each row tell of its intercept and factor, the columns' being uncertain themselves.
 
-    Model y_ij = b_i + c_j + f_i·g_j + noise. ``means`` holds (c_j, E g_j), ``covariances`` their joint covariance; the
-    prior of (b_i, f_i) is N(0, diag(1/prior)) (variational matrix factorization, Lim & Teh 2007, with intercepts).
+    Model y_ij = b_i + c_j + f_i·g_j + noise. ``means`` holds (c_j, E g_j), ``covariances`` their joint covariance. With
+    x_j = (1, g_j), sums over the observed j:
 
     Args:
         means: (n, 1 + k).
         covariances: (n, 1 + k, 1 + k).
+
+    Returns:
+        Σ E[x xᵀ] as lower triangles (m, (1 + k)(2 + k)/2), Σ E[(y − c) x] (m, 1 + k) and Σ E(y − c)² (m,). Those of
+        several processes add up.
+    """
+    rows, width = len(starts) - 1, means.shape[1]
+    second = np.zeros((rows, width * (width + 1) // 2), means.dtype)
+    first = np.zeros((rows, width), means.dtype)
+    power = np.zeros(rows, np.float64)
+    with _threads_for(len(values) * width * width):
+        _expected_moments(starts, columns, values, means, covariances, second, first, power)
+    return second, first, power
+
+
+def posteriors(
+    moments: tuple[Array, Array, NDArray[np.float64]], prior: Array, precision: float
+) -> tuple[Array, Array, NDArray[np.float64]]:
+    """Gaussian posterior of every row's intercept and factor, prior N(0, diag(1/prior)).
+
+    Variational matrix factorization (Lim & Teh 2007), with intercepts.
+
+    Args:
+        moments: from :func:`expected_moments`.
         prior: (1 + k,) prior precisions.
         precision: 1/σ² of the noise.
 
     Returns:
         means (m, 1 + k), covariances (m, 1 + k, 1 + k) and, one a row, the expected squared residuals Σ_j E(y − ŷ)².
     """
-    rows, width = len(starts) - 1, means.shape[1]
-    mean = np.empty((rows, width), means.dtype)
-    covariance = np.empty((rows, width, width), means.dtype)
+    second, first, power = moments
+    rows, width = first.shape
+    mean = np.empty_like(first)
+    covariance = np.empty((rows, width, width), first.dtype)
     squares = np.empty(rows, np.float64)
-    with _threads_for(len(values) * width * width):
-        _posterior_rows(starts, columns, values, means, covariances, prior, precision, mean, covariance, squares)
+    with _threads_for(rows * width**3):
+        _posteriors(second, first, power, prior, precision, mean, covariance, squares)
     return mean, covariance, squares
 
 
@@ -190,9 +215,11 @@ if numba is None:
     _ridge_rows: Any = plain.ridge_rows
     _project_out_rows: Any = plain.project_out_rows
     _gather_columns: Any = plain.gather_columns
-    _block_triangles: Any = plain.block_triangles
+    _block_sums: Any = plain.block_sums
+    _factor_blocks: Any = plain.factor_blocks
     _solve_blocks: Any = plain.solve_blocks
-    _posterior_rows: Any = plain.posterior_rows
+    _expected_moments: Any = plain.expected_moments
+    _posteriors: Any = plain.posteriors
     _entries_at: Any = plain.entries_at
 else:
     # small triangles, every inner loop along a row, so that it runs in vector instructions
@@ -304,21 +331,26 @@ else:
                     t[a] += z * l[a]
 
     @numba.njit(parallel=True, **_OPTIONS)
-    def _block_triangles(starts, columns, factor, penalty, triangles):  # type: ignore[no-untyped-def]
+    def _block_sums(starts, columns, factor, sums):  # type: ignore[no-untyped-def]
         k = factor.shape[1]
         for i in numba.prange(len(starts) - 1):
-            H = triangles[i]
+            H = sums[i]
             for a in range(k):
                 for b in range(k):
                     H[a, b] = 0
-                H[a, a] = penalty[a]
             for p in range(starts[i], starts[i + 1]):
                 x = factor[columns[p]]
                 for a in range(k):
                     xa = x[a]
                     for b in range(k):
                         H[a, b] += xa * x[b]
-            _cholesky(H)
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _factor_blocks(sums, penalty):  # type: ignore[no-untyped-def]
+        for i in numba.prange(len(sums)):
+            for a in range(len(penalty)):
+                sums[i, a, a] += penalty[a]
+            _cholesky(sums[i])
 
     @numba.njit(parallel=True, **_OPTIONS)
     def _solve_blocks(triangles, right_hand_sides, solution):  # type: ignore[no-untyped-def]
@@ -345,44 +377,50 @@ else:
         return packed
 
     @numba.njit(parallel=True, **_OPTIONS)
-    def _posterior_rows(starts, columns, values, means, covariances, prior, precision, mean, covariance, squares):  # type: ignore[no-untyped-def]
+    def _expected_moments(starts, columns, values, means, covariances, second, first, power):  # type: ignore[no-untyped-def]
         k = means.shape[1]
-        # summed once a column instead of once an entry: each entry then adds one contiguous vector
-        second = _second_moments(means, covariances)
+        # made once a column instead of once an entry: each entry then adds one contiguous vector
+        of_columns = _second_moments(means, covariances)
         for i in numba.prange(len(starts) - 1):
-            packed = np.zeros(second.shape[1], means.dtype)
-            h = np.zeros(k, means.dtype)  # Σ E[(y − c) x]
-            power = 0.0  # Σ E(y − c)²
+            packed, h = second[i], first[i]
+            t = 0.0
             for p in range(starts[i], starts[i + 1]):
                 j = columns[p]
-                x, C, moments = means[j], covariances[j], second[j]
+                x, C, moments = means[j], covariances[j], of_columns[j]
                 y = values[p] - x[0]
-                power += y * y + C[0, 0]
+                t += y * y + C[0, 0]
                 h[0] += y
                 for a in range(1, k):
                     h[a] += y * x[a] - C[0, a]
                 for q in range(packed.shape[0]):
                     packed[q] += moments[q]
-            S = np.empty((k, k), means.dtype)  # Σ E[x xᵀ]
+            power[i] = t
+
+    @numba.njit(parallel=True, **_OPTIONS)
+    def _posteriors(second, first, power, prior, precision, mean, covariance, squares):  # type: ignore[no-untyped-def]
+        k = first.shape[1]
+        for i in numba.prange(len(first)):
+            S = np.empty((k, k), first.dtype)  # Σ E[x xᵀ]
             q = 0
             for a in range(k):
                 for b in range(a + 1):
-                    S[a, b] = S[b, a] = packed[q + b]
+                    S[a, b] = S[b, a] = second[i, q + b]
                 q += a + 1
             H = precision * S
             for a in range(k):
                 H[a, a] += prior[a]
             _cholesky(H)
-            w, V = mean[i], covariance[i]
+            w, V, h = mean[i], covariance[i], first[i]
             for a in range(k):
                 w[a] = precision * h[a]
             _substitute(H, w)
-            _invert(H, np.empty((k, k), means.dtype), V)
+            _invert(H, np.empty((k, k), first.dtype), V)
+            t = power[i]
             for a in range(k):
-                power -= 2 * w[a] * h[a]
+                t -= 2 * w[a] * h[a]
                 for b in range(k):
-                    power += S[a, b] * (w[a] * w[b] + V[a, b])
-            squares[i] = power
+                    t += S[a, b] * (w[a] * w[b] + V[a, b])
+            squares[i] = t
 
     @numba.njit(parallel=True, **_OPTIONS)
     def _entries_at(rows, columns, left, right, product):  # type: ignore[no-untyped-def]

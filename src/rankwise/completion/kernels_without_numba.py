@@ -52,45 +52,64 @@ def gather_columns(column_starts: Index, rows: Index, order: Index, left: Array,
     total[:] = sp.csr_array((values[order], rows, column_starts), shape=shape) @ left
 
 
-def block_triangles(starts: Index, columns: Index, factor: Array, penalty: Array, triangles: Array) -> None:
+def block_sums(starts: Index, columns: Index, factor: Array, sums: Array) -> None:
     for rows, entries in _batches(starts, factor.shape[1]):
         _, pattern, x = _batch(starts, columns, factor, rows, entries)
-        triangles[rows] = np.linalg.cholesky(np.diag(penalty) + _sums_of_squares(pattern, x))
+        sums[rows] = _sums_of_squares(pattern, x)
+
+
+def factor_blocks(sums: Array, penalty: Array) -> None:
+    sums[:] = np.linalg.cholesky(sums + np.diag(penalty))
 
 
 def solve_blocks(triangles: Array, right_hand_sides: Array, solution: Array) -> None:
     solution[:] = _substituted(triangles, right_hand_sides)
 
 
-def posterior_rows(
+def expected_moments(
     starts: Index,
     columns: Index,
     values: Array,
     means: Array,
     covariances: Array,
+    second: Array,
+    first: Array,
+    power: NDArray[np.float64],
+) -> None:
+    k = means.shape[1]
+    triangle = np.tril_indices(k)
+    for rows, entries in _batches(starts, k):
+        _, pattern, x = _batch(starts, columns, means, rows, entries)
+        C = covariances[columns[entries]].copy()
+        y = values[entries] - x[:, 0]
+        power[rows] = pattern @ (y * y + C[:, 0, 0])
+        x[:, 0] = 1
+        shift = C[:, :, 0].copy()
+        shift[:, 0] = 0
+        C[:, 0, :] = C[:, :, 0] = 0
+        first[rows] = pattern @ (y[:, None] * x - shift)
+        sums = _sums_of_squares(pattern, x) + (pattern @ C.reshape(len(C), -1)).reshape(-1, k, k)
+        second[rows] = sums[:, *triangle]
+
+
+def posteriors(
+    second: Array,
+    first: Array,
+    power: NDArray[np.float64],
     prior: Array,
     precision: float,
     mean: Array,
     covariance: Array,
     squares: NDArray[np.float64],
 ) -> None:
-    k = means.shape[1]
-    for rows, entries in _batches(starts, k):
-        _, pattern, x = _batch(starts, columns, means, rows, entries)
-        C = covariances[columns[entries]].copy()
-        y = values[entries] - x[:, 0]
-        power = pattern @ (y * y + C[:, 0, 0])
-        x[:, 0] = 1
-        shift = C[:, :, 0].copy()
-        shift[:, 0] = 0
-        C[:, 0, :] = C[:, :, 0] = 0
-        h = pattern @ (y[:, None] * x - shift)
-        S = _sums_of_squares(pattern, x) + (pattern @ C.reshape(len(C), -1)).reshape(-1, k, k)
-        V = np.linalg.inv(precision * S + np.diag(prior))
-        w = precision * np.einsum("iab,ib->ia", V, h)
-        mean[rows], covariance[rows] = w, V
-        second = np.einsum("ia,ib->iab", w, w) + V
-        squares[rows] = power - 2 * np.einsum("ia,ia->i", w, h) + np.einsum("iab,iab->i", S, second)
+    k = first.shape[1]
+    lower, upper = np.tril_indices(k)
+    S = np.empty((len(first), k, k), first.dtype)
+    S[:, lower, upper] = S[:, upper, lower] = second
+    covariance[:] = np.linalg.inv(precision * S + np.diag(prior))
+    mean[:] = precision * np.einsum("iab,ib->ia", covariance, first)
+    about = np.einsum("ia,ib->iab", mean, mean) + covariance
+    squares[:] = power - 2 * np.einsum("ia,ia->i", mean, first) + np.einsum("iab,iab->i", S, about)
 
 
 def entries_at(rows: Index, columns: Index, left: Array, right: Array, product: Array) -> None:

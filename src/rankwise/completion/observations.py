@@ -7,9 +7,29 @@ import numpy as np
 import scipy.sparse as sp
 from numpy.typing import ArrayLike, NDArray
 
+from rankwise.completion.collective import ALONE, Collective
 from rankwise.errors import UserError
 
 _COUNT_LIMIT = np.iinfo(np.int32).max
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which rows of a matrix this process holds, and what all processes together hold.
+
+    Attributes:
+        collective: the processes.
+        first_row: number of this process's first row; each holds consecutive ones.
+        height: m of the whole matrix.
+        count: nnz of the whole matrix.
+        column_counts: (n,) entries of each column of the whole matrix.
+    """
+
+    collective: Collective
+    first_row: int
+    height: int
+    count: int
+    column_counts: NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -25,6 +45,7 @@ class Observations:
         rows: (nnz,) row of each entry, in column order.
         order: (nnz,) position in row order of each entry in column order.
         merged: how many further observations of an entry already observed were averaged into it.
+        share: None, or of which larger matrix these are some rows; :func:`~rankwise.completion.shard_rows` makes it.
     """
 
     shape: tuple[int, int]
@@ -35,6 +56,7 @@ class Observations:
     rows: NDArray[np.int32]
     order: NDArray[np.int32]
     merged: int = 0
+    share: Share | None = None
 
     @classmethod
     def from_coordinates(
@@ -63,15 +85,7 @@ class Observations:
             >>> seen.values.tolist(), seen.merged
             ([5.0, 2.0], 1)
         """
-        height, width = _checked_shape(shape)
-        row = _indices(rows, height, "row")
-        column = _indices(columns, width, "column")
-        value = _numbers(values, dtype)
-        if not len(row) == len(column) == len(value):
-            raise UserError(
-                "rows, columns and values must be equally long, one of each an observed entry; "
-                f"got {len(row)}, {len(column)} and {len(value)}"
-            )
+        row, column, value, (height, width) = checked_coordinates(rows, columns, values, shape, dtype)
         if len(row) == 0:
             raise UserError("no entry is observed: there is nothing to learn from")
         if len(row) > _COUNT_LIMIT:
@@ -112,14 +126,29 @@ class Observations:
         return cls(shape, row_starts, column, value, _starts(column, shape[1]), row[order], order, merged)
 
     @property
+    def collective(self) -> Collective:
+        """The processes that hold the rows."""
+        return ALONE if self.share is None else self.share.collective
+
+    @property
+    def first_row(self) -> int:
+        """Number of the first of these rows in the matrix."""
+        return 0 if self.share is None else self.share.first_row
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """(m, n) of the matrix that these are all, or some, of the rows of."""
+        return self.shape if self.share is None else (self.share.height, self.shape[1])
+
+    @property
     def count(self) -> int:
-        """nnz, the number of distinct observed entries."""
-        return len(self.values)
+        """nnz, the number of distinct observed entries, of the whole matrix."""
+        return len(self.values) if self.share is None else self.share.count
 
     @property
     def density(self) -> float:
-        """p = nnz / (m·n)."""
-        return self.count / (self.shape[0] * self.shape[1])
+        """p = nnz / (m·n), of the whole matrix."""
+        return self.count / (self.whole_shape[0] * self.whole_shape[1])
 
     @property
     def row_counts(self) -> NDArray[np.int64]:
@@ -127,7 +156,17 @@ class Observations:
 
     @property
     def column_counts(self) -> NDArray[np.int64]:
-        return np.diff(self.column_starts)
+        """(n,) entries of each column, of the whole matrix."""
+        return np.diff(self.column_starts) if self.share is None else self.share.column_counts
+
+    def mean(self, per_entry: NDArray[np.floating]) -> float:
+        """The mean over all entries, everybody's, of one number an entry."""
+        return self.collective.total(float(np.sum(per_entry, dtype=np.float64))) / self.count
+
+    def spread(self) -> float:
+        """Standard deviation of the values."""
+        around = self.values.astype(np.float64) - self.mean(self.values)
+        return self.mean(around**2) ** 0.5
 
     def row_of_each(self) -> NDArray[np.int32]:
         """(nnz,) the row of each entry, in row order."""
@@ -155,9 +194,16 @@ class Observations:
 
     def subset(self, kept: NDArray[np.bool_]) -> "Observations":
         """Only the entries where ``kept``, (nnz,) in row order, is true."""
-        return self._from_sorted(
+        some = self._from_sorted(
             self.row_of_each()[kept], self.columns[kept], self.values[kept], self.shape, self.merged
         )
+        return some if self.share is None else some.shared(self.share.collective, self.share.first_row)
+
+    def shared(self, collective: Collective, first_row: int) -> "Observations":
+        """The same as these rows of the matrix of which every process holds some; called by all of them."""
+        height = collective.total(self.shape[0])
+        counts = collective.total(np.diff(self.column_starts))
+        return replace(self, share=Share(collective, first_row, height, int(counts.sum()), counts))
 
     def joined(self, other: "Observations") -> "Observations":
         """Both sets of entries; an entry of both takes the value of ``other``."""
@@ -210,6 +256,26 @@ def as_observations(X: Any, dtype: Any = np.float64) -> Observations:
     dense = _dense(X, dtype)
     rows, columns = np.nonzero(~np.isnan(dense))
     return Observations.from_coordinates(rows, columns, dense[rows, columns], dense.shape, dtype)
+
+
+def checked_coordinates(
+    rows: ArrayLike, columns: ArrayLike, values: ArrayLike, shape: tuple[int, int], dtype: Any
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.floating], tuple[int, int]]:
+    """The coordinates of entries as arrays, any number of them.
+
+    Raises:
+        UserError: they are not what :meth:`Observations.from_coordinates` asks for.
+    """
+    height, width = _checked_shape(shape)
+    row = _indices(rows, height, "row")
+    column = _indices(columns, width, "column")
+    value = _numbers(values, dtype)
+    if not len(row) == len(column) == len(value):
+        raise UserError(
+            "rows, columns and values must be equally long, one of each an observed entry; "
+            f"got {len(row)}, {len(column)} and {len(value)}"
+        )
+    return row, column, value, (height, width)
 
 
 def _dense(X: Any, dtype: Any) -> NDArray[np.floating]:

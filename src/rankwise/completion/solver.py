@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rankwise.completion import kernels
 from rankwise.completion.balanced import Balanced, balanced
+from rankwise.completion.collective import Collective
 from rankwise.completion.evidence import Posterior, fit_evidence, noise_behind, posterior_around
 from rankwise.completion.gradient_descent import GradientDescentStep, gradient_descent
 from rankwise.completion.intercepts import Intercepts, fit_intercepts
@@ -62,7 +63,7 @@ def default_rank(observations: Observations) -> int:
         10
     """
     most = _directions(observations, _CAREFUL_OVERSAMPLING)
-    return max(1, min(most, *observations.shape, _LARGEST_DEFAULT_RANK))
+    return max(1, min(most, *observations.whole_shape, _LARGEST_DEFAULT_RANK))
 
 
 def solve(
@@ -80,17 +81,50 @@ def solve(
         start: an earlier solution of the same columns to go on from.
         callback: called with each iteration's entry of the history.
     """
-    rank = min(options.rank or default_rank(observations), *observations.shape)
+    rank = min(options.rank or default_rank(observations), *observations.whole_shape)
     task = _Task(observations, options, rank, start, callback)
+    if observations.share is not None:
+        return _together(task)
     if observations.count == observations.shape[0] * observations.shape[1] and options.solver == "auto":
         return _truncated_svd(task)
+    return _by_loss(task)
+
+
+def _by_loss(task: "_Task") -> Solution:
     route = {
         "auto": _recover_or_weigh,
         "weight-decay": _decay,
         "evidence": _weigh,
         "gradient-descent": _descend,
-    }[options.solver]
-    return _robustly(task, route) if options.loss == "huber" else route(task)
+    }[task.options.solver]
+    return _robustly(task, route) if task.options.loss == "huber" else route(task)
+
+
+def _together(task: "_Task") -> Solution:
+    """Every process with its own rows; each gets the whole solution.
+
+    Raises:
+        UserError: an option that needs all entries in one place.
+    """
+    options = task.options
+    for asked, what in (
+        (options.solver == "gradient-descent", "solver='gradient-descent'"),
+        (options.loss == "huber", "loss='huber'"),
+        (options.early_stopping, "early_stopping"),
+        (task.start is not None, "warm_start or partial_fit"),
+    ):
+        if asked:
+            raise UserError(f"{what} needs all entries in one process; leave it out, or fit in one")
+    found = _by_loss(task)
+    stacked = task.observations.collective.stacked
+    return replace(
+        found,
+        left=stacked(found.left),
+        intercepts=replace(found.intercepts, rows=stacked(found.intercepts.rows)),
+        fallback=replace(found.fallback, rows=stacked(found.fallback.rows)),
+        row_seen=stacked(found.row_seen),
+        row_spread=stacked(found.row_spread),
+    )
 
 
 class _Task:
@@ -149,11 +183,11 @@ class _Task:
         """The weight-decay path, the longer side's factors eliminated: fewer unknowns for conjugate gradients."""
         if earlier is None and self.start is not None:
             earlier = self.start.balanced
-        tall = rest.shape[0] >= rest.shape[1]
+        tall = rest.shape[0] >= rest.shape[1] or rest.share is not None  # shared rows are eliminated, many or few
         start = None
         if earlier is not None:
             start = earlier.right if tall else earlier.left
-        if start is not None and len(start) != min(rest.shape):
+        if start is not None and len(start) != rest.shape[1 if tall else 0]:
             start = None  # rows were added to the shorter side
         options: dict[str, Any] = {
             "max_rank": self.rank,
@@ -191,7 +225,7 @@ def _weigh(task: _Task, recovers: bool = False) -> Solution:
     seen = task.observations
     most = min(task.rank, default_rank(seen))
     trusted = min(_directions(seen, _QUICK_OVERSAMPLING), most)
-    spread = float(np.std(seen.values.astype(np.float64)))
+    spread = seen.spread()
     earlier = _as_posterior(task)
     for width in sorted({trusted, most}):
         found = None
@@ -224,7 +258,7 @@ def _walk(task: _Task, most: int, trusted: int) -> _Walk:
     is shorter, and shows noise sooner.
     """
     intercepts, rest = task.without_intercepts()
-    unasked = task.options.fit_intercept is None and _mostly_mean(rest.values)
+    unasked = task.options.fit_intercept is None and _mostly_mean(rest)
     if unasked:
         intercepts = fit_intercepts(rest)
         rest = rest.with_values(intercepts.residual(rest))
@@ -233,9 +267,13 @@ def _walk(task: _Task, most: int, trusted: int) -> _Walk:
     return _Walk(end, rest, intercepts, unasked)
 
 
-def _mostly_mean(values: Array) -> bool:
-    mean = float(values.mean(dtype=np.float64))
-    return mean**2 > 0.5 * float(np.mean(np.square(values, dtype=np.float64)))
+def _mostly_mean(observations: Observations) -> bool:
+    return observations.mean(observations.values) ** 2 > 0.5 * _power(observations, observations.values)
+
+
+def _power(observations: Observations, values: Array) -> float:
+    """The mean square of one number an entry."""
+    return observations.mean(np.square(values, dtype=np.float64))
 
 
 def _recovered(task: _Task, walk: _Walk, trusted: int) -> Solution | None:
@@ -245,7 +283,7 @@ def _recovered(task: _Task, walk: _Walk, trusted: int) -> Solution | None:
     end = walk.end
     if walk.unasked:
         # to the same matrix without intercepts, which are directions like others where there is no noise
-        found = _with_intercepts(end.factors, walk.intercepts, 1.0)
+        found = _with_intercepts(end.factors, walk.intercepts, 1.0, task.observations.collective)
         _, rest = task.without_intercepts()
         most = min(task.rank, trusted + 1)
         end = task.follow(rest, "path", earlier=found, max_rank=most, trusted_rank=trusted)
@@ -272,29 +310,29 @@ def _fitted_by_few(task: _Task, end: PathEnd, trusted: int) -> Solution | None:
 
 def _directions(observations: Observations, oversampling: float) -> int:
     """How many directions have that many entries for each of their numbers."""
-    return int(observations.count / (oversampling * sum(observations.shape)))
+    return int(observations.count / (oversampling * sum(observations.whole_shape)))
 
 
 def _start(task: _Task, walk: _Walk, most: int) -> Posterior:
     """Where the evidence starts: the walk's end, with intercepts if they are wanted, and the noise that it points to."""
     seen, factors, intercepts = task.observations, walk.end.factors, walk.intercepts
     width = len(factors.singular_values)
-    noise = noise_behind(walk.end.residual * _root_mean_square(walk.rest.values), width, seen)
+    noise = noise_behind(walk.end.residual * _power(walk.rest, walk.rest.values) ** 0.5, width, seen)
     wanted = task.options.fit_intercept
     if wanted is None and not walk.unasked:
         intercepts = fit_intercepts(seen)
-        factors = _with_intercepts(factors, intercepts, -1.0).keep(slice(width))
+        factors = _with_intercepts(factors, intercepts, -1.0, seen.collective).keep(slice(width))
     factors = factors.keep(slice(most))
     return posterior_around(seen, intercepts, factors.left, factors.right, noise, fit_intercept=wanted is not False)
 
 
-def _with_intercepts(factors: Balanced, intercepts: Intercepts, sign: float) -> Balanced:
+def _with_intercepts(factors: Balanced, intercepts: Intercepts, sign: float, collective: Collective) -> Balanced:
     """The factors of left·rightᵀ ± (μ + b + c), two directions more."""
     left, right = factors.left, factors.right
     rows = sign * (intercepts.rows + intercepts.mean)[:, None].astype(left.dtype)
     columns = intercepts.columns[:, None].astype(right.dtype)
     ones = np.ones_like
-    return balanced(np.hstack([left, rows, sign * ones(rows)]), np.hstack([right, ones(columns), columns]))
+    return balanced(np.hstack([left, rows, sign * ones(rows)]), np.hstack([right, ones(columns), columns]), collective)
 
 
 def _fewest(task: _Task, rest: Observations, end: PathEnd) -> PathEnd:
@@ -455,7 +493,7 @@ def _from_path(task: _Task, end: PathEnd, intercepts: Intercepts, rest: Observat
         left=left,
         right=right,
         fold_in=fold_in,
-        noise=_root_mean_square(residual),
+        noise=_power(rest, residual) ** 0.5,
         converged=end.reason in ("fitted", "decay"),
     )
 
@@ -488,7 +526,7 @@ def _from_posterior(task: _Task, posterior: Posterior) -> Solution:
         fold_in=fold_in,
         noise=posterior.noise,
         row_spread=np.einsum("iab,ab->i", posterior.row_covariances, design.T @ design / len(design)),
-        column_spread=np.einsum("jab,ab->j", C, across.T @ across / len(across)),
+        column_spread=np.einsum("jab,ab->j", C, seen.collective.total(across.T @ across) / seen.whole_shape[0]),
         converged=posterior.converged,
     )
 

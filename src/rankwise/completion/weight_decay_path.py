@@ -78,7 +78,7 @@ def follow_weight_decay(
     """Follow the minimizers of ½‖Ω⊙(X − Φ)‖² + (λL/2)Σσ^{2/L}(X) as λ falls.
 
     Args:
-        observations: Ω⊙Φ, at least as many rows as columns runs fastest.
+        observations: Ω⊙Φ, at least as many rows as columns runs fastest; with several processes each one's rows.
         max_rank: directions at most.
         depth: L ≥ 2 layers of the factorization that the decay is on; 2 is the nuclear norm.
         pace: by how much λ falls a step. None: by a half while directions enter, then faster and faster.
@@ -95,10 +95,10 @@ def follow_weight_decay(
         :class:`PathEnd`.
     """
     y = observations.values
-    scale = float(np.linalg.norm(y.astype(np.float64)))
+    scale = _norm(observations, y)
     if scale == 0:
         return _nothing(observations)
-    _, s, V = leading_triplets(observations.matrix(), 1 if pace else min(4, max_rank), seed)
+    s, V = _leading(observations, y, 1 if pace else min(4, max_rank), seed)
     path = _Path(observations, depth, float(s[0]))
     if start is None:
         decay = _FIRST_DECAY * path.first
@@ -113,7 +113,7 @@ def follow_weight_decay(
     relative, flat, reason = 1.0, 0, None
     for iteration in range(1, max_iter + 1):
         step = path.step(right, path.weights(decay, sigma))
-        factors = step.factors.keep(step.factors.singular_values > _NEGLIGIBLE * step.factors.singular_values[0])
+        factors = _without_negligible(step.factors, observations)
         sigma, right = factors.singular_values, factors.right
         previous, relative = relative, float(np.sqrt(step.loss)) / scale
         entry = {
@@ -146,8 +146,29 @@ def follow_weight_decay(
         decay = max(decay * ratio, weight_decay * path.first, _LAST_DECAY * path.first)
     weights = path.weights(decay, sigma)
     left, _, residual = path.rows(right, weights)
-    relative = float(np.linalg.norm(residual.astype(np.float64))) / scale
+    relative = _norm(observations, residual) / scale
     return PathEnd(Balanced(left, right, sigma), weights, relative, reason or "max_iter", history)
+
+
+def _norm(observations: Observations, values: Array) -> float:
+    """‖values‖ over everybody's entries."""
+    return observations.collective.total(float(np.linalg.norm(values.astype(np.float64))) ** 2) ** 0.5
+
+
+def _leading(observations: Observations, values: Array, count: int, seed: int) -> tuple[Array, Array]:
+    """Leading singular values and right vectors of the entries with these values."""
+    matrix = observations.matrix(values)
+    height = observations.whole_shape[0]
+    _, s, V = leading_triplets(matrix, count, seed, collective=observations.collective, height=height)
+    agreed = observations.collective.agreed
+    return agreed(s), agreed(V)
+
+
+def _without_negligible(factors: Balanced, observations: Observations) -> Balanced:
+    agreed = observations.collective.agreed
+    sizes = agreed(factors.singular_values)
+    same = Balanced(factors.left, agreed(factors.right), sizes)
+    return same.keep(sizes > _NEGLIGIBLE * sizes[0])
 
 
 class _Fall:
@@ -219,15 +240,15 @@ class _Path:
         right = np.ascontiguousarray(start, self.seen.values.dtype)
         slight = np.full(right.shape[1], _LAST_DECAY * self.first, right.dtype)
         left, _, residual = self.rows(right, slight)
-        _, s, _ = leading_triplets(self.seen.matrix(residual), 1, seed)
-        factors = balanced(left, right)
-        factors = factors.keep(factors.singular_values > _NEGLIGIBLE * factors.singular_values[0])
+        s, _ = _leading(self.seen, residual, 1, seed)
+        factors = balanced(left, right, self.seen.collective)
+        factors = _without_negligible(factors, self.seen)
         decay = _FIRST_DECAY * min(max(float(s[0]), _LAST_DECAY * self.first), self.first)
         return factors.singular_values, factors.right, decay
 
     def new_directions(self, residual: Array, decay: float, count: int, seed: int) -> tuple[Array, Array]:
         """Singular values (e,) and column factors (n, e) of up to ``count`` directions that pay for their decay."""
-        _, s, V = leading_triplets(self.seen.matrix(residual), count, seed)
+        s, V = _leading(self.seen, residual, count, seed)
         new = s > self.weights(decay, np.zeros(1))[0]
         born = s[new] / self.seen.density
         return born, V[:, new] * np.sqrt(born).astype(V.dtype)
@@ -240,9 +261,10 @@ class _Path:
         )
 
     def objective(self, left: Array, right: Array, residual: Array, weights: Array) -> tuple[float, float]:
-        loss = float(np.dot(residual, residual))
-        penalty = float(weights @ ((left * left).sum(0) + (right * right).sum(0)))
-        return loss, loss + penalty
+        total = self.seen.collective.total
+        loss = total(float(np.dot(residual, residual)))
+        penalty = total(float(weights @ (left * left).sum(0))) + float(weights @ (right * right).sum(0))
+        return loss, self.seen.collective.agreed(loss + penalty)
 
     def step(self, right: Array, weights: Array) -> _Step:
         left, triangles, residual = self.rows(right, weights)
@@ -254,7 +276,8 @@ class _Path:
             left, _, residual = self.rows(trial, weights)
             loss, after = self.objective(left, trial, residual, weights)
             if after <= before * (1 + 1e-12) or length < 1e-4:
-                return _Step(balanced(left, trial), residual, loss, length, products)
+                factors = balanced(left, trial, self.seen.collective)
+                return _Step(factors, residual, loss, length, products)
             length *= 0.3
 
     def gauss_newton(
@@ -262,12 +285,14 @@ class _Path:
     ) -> tuple[Array, int]:
         """The change of the column factors, rows refitted along, that minimizes the linearized objective."""
         seen = self.seen
-        blocks = kernels.block_triangles(seen.column_starts, seen.rows, left, weights)
+        sums = seen.collective.total(kernels.block_sums(seen.column_starts, seen.rows, left))
+        blocks = kernels.factor_blocks(sums, weights)
         remaining = self.gather(left, residual) - right * weights
         change = np.zeros_like(right)
         scaled = kernels.solve_blocks(blocks, remaining)
         direction = scaled.copy()
-        energy = first = float(np.vdot(remaining, scaled))
+        agreed = seen.collective.agreed
+        energy = first = agreed(float(np.vdot(remaining, scaled)))
         for products in range(1, _CG_PRODUCTS + 1):
             if not energy > 0:
                 return change, products - 1
@@ -277,7 +302,7 @@ class _Path:
             change += length * direction
             remaining -= length * image
             scaled = kernels.solve_blocks(blocks, remaining)
-            before, energy = energy, float(np.vdot(remaining, scaled))
+            before, energy = energy, agreed(float(np.vdot(remaining, scaled)))
             if energy <= _CG_TOLERANCE**2 * first:
                 break
             direction *= energy / before
@@ -285,4 +310,5 @@ class _Path:
         return change, products
 
     def gather(self, left: Array, values: Array) -> Array:
-        return kernels.gather_columns(self.seen.column_starts, self.seen.rows, self.seen.order, left, values)
+        seen = self.seen
+        return seen.collective.total(kernels.gather_columns(seen.column_starts, seen.rows, seen.order, left, values))

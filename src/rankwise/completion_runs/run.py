@@ -22,6 +22,7 @@ from rankwise.completion_runs.folder import (
 from rankwise.completion_runs.predictions import Pairs, predict_from, write_predictions
 from rankwise.completion_runs.progress import progress, say
 from rankwise.completion_runs.settings import CompletionSettings, is_picture
+from rankwise.completion_runs.several import Others
 from rankwise.environment import environment
 from rankwise.errors import Interrupted, UserError
 
@@ -41,12 +42,16 @@ class CompletionRun:
     ``entries.safetensors`` is there until the fit is done: a stopped run begins from it and not from the text again.
     """
 
-    def __init__(self, folder: Path, data: str, settings: CompletionSettings, jobs: int | None, console: Console):
+    def __init__(
+        self, folder: Path, data: str, settings: CompletionSettings, jobs: int | None, console: Console,
+        others: "Others | None" = None,
+    ):  # fmt: skip
         self.folder = folder
         self.data = data
         self.settings = settings
         self.jobs = jobs
         self.console = console
+        self.others = others
         self.notes: list[str] = []
 
     def go(self, pairs: Pairs | None) -> None:
@@ -178,6 +183,12 @@ class CompletionRun:
             f"{Path(self.data).name}: {height:,} × {width:,}, {observations.count:,} entries observed "
             f"({100 * observations.density:.3g} %)"
         )
+        if self.others is not None and height < width:
+            self.notes.append(
+                "several processes share the rows, which are fewer than the columns: with rows and columns swapped each "
+                "would need less memory"
+            )
+            self.say(f"note: {self.notes[-1]}")
         return picture, observations, labels
 
     def _read_whole(self, read_matrix: Any, labels: Any) -> "tuple[Observations, Labels]":
@@ -224,6 +235,7 @@ class CompletionRun:
 
     def _fitted(self, observations: "Observations", picture: "Picture | None") -> "DeepMatrixCompletion":
         model = self.settings.model(self.jobs)
+        mine = observations if self.others is None else self.others.fit(self.folder)
         started = time.perf_counter()
         with (
             progress(self.console, "fitting") as (_, describe),
@@ -238,7 +250,7 @@ class CompletionRun:
                 )
                 describe(f"fitting: {plain['stage']} {plain.get('iteration', '')}: {measured}")
 
-            model.fit(observations, callback=noted)
+            model.fit(mine, callback=noted)
         seconds = time.perf_counter() - started
         calibrated = self._calibrate(model, observations, picture)
         shutil.rmtree(self.folder / "model", ignore_errors=True)  # of a run stopped just here
@@ -259,6 +271,8 @@ class CompletionRun:
             return None  # the pixels hidden tell the error better, at no cost
         if picture is not None and picture.channels > 1:
             self.notes.append("entries were held out one colour at a time; pixels without any colour err more")
+        if self.others is not None:
+            self.others.calibrate()
         with progress(self.console, "fitting without a tenth of the entries"):
             return model.calibrate()
 

@@ -1,6 +1,13 @@
 """From a user's file to observed entries: tables of triples, whole matrices, pictures."""
 
-from rankwise.completion.reading.entry_cache import Labels, load_entries, load_labels, save_entries, save_labels
+from rankwise.completion.reading.entry_cache import (
+    Labels,
+    load_entries,
+    load_labels,
+    load_share,
+    save_entries,
+    save_labels,
+)
 from rankwise.completion.reading.entry_table import EntryTable, read_table
 from rankwise.completion.reading.matrix import LabelledMatrix, read_matrix
 from rankwise.completion.reading.picture import Picture, read_image
@@ -12,6 +19,7 @@ __all__ = [
     "Picture",
     "load_entries",
     "load_labels",
+    "load_share",
     "read_image",
     "read_matrix",
     "read_table",

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
+from rankwise.completion.collective import Collective
 from rankwise.completion.observations import Observations
+from rankwise.completion.sharding import row_cuts
 from rankwise.errors import UserError
 from rankwise.files import save_tensors, write_json
 
@@ -82,6 +84,29 @@ def load_entries(folder: Path) -> Observations:
         return replace(seen, merged=int(arrays["merged"][0]))
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UserError(f"{file} is missing or damaged ({error}); start again in a new folder") from None
+
+
+def load_share(folder: Path, together: Collective) -> Observations:
+    """This process's rows of the entries that :func:`save_entries` wrote; only those are read.
+
+    Raises:
+        UserError: they are missing or damaged, or cannot be cut into so many parts.
+    """
+    file = folder / ENTRIES_FILE
+    try:
+        with safe_open(file, framework="np") as arrays:
+            width = int(arrays.get_tensor("shape")[1])
+            starts = arrays.get_tensor("row_starts")
+            cuts = row_cuts(np.diff(starts), together.size)
+            first, end = int(cuts[together.rank]), int(cuts[together.rank + 1])
+            part = slice(int(starts[first]), int(starts[end]))
+            columns, values = (arrays.get_slice(name)[part] for name in ("columns", "values"))
+            merged = int(arrays.get_tensor("merged")[0]) if together.rank == 0 else 0
+    except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
+        raise UserError(f"{file} is missing or damaged ({error}); every process must see the same run folder") from None
+    rows = np.repeat(np.arange(end - first, dtype=np.int32), np.diff(starts[first : end + 1]))
+    mine = Observations.from_coordinates(rows, columns, values, (end - first, width), values.dtype)
+    return replace(mine, merged=merged).shared(together, first)
 
 
 def save_labels(labels: Labels, folder: Path) -> None:
