@@ -248,6 +248,32 @@ def test_whole_matrices(tmp_path: Path, full: Any, kind: str) -> None:
     assert summary(tmp_path / "run")["held_out_rmse"] is None
 
 
+@pytest.mark.parametrize("kind", ["npy", "csv", "table.csv"])
+def test_the_whole_matrix_is_written_filled(
+    tmp_path: Path, ratings: Path, full: Any, kind: str, monkeypatch: Any
+) -> None:
+    monkeypatch.setattr("rankwise.completion_runs.filled._NUMBERS_AT_A_TIME", 7 * 30)  # several blocks of rows
+    holes = np.where(np.random.default_rng(2).random(full.shape) < 0.6, full, np.nan)
+    np.save(tmp_path / "m.npy", holes)
+    target = tmp_path / "new" / f"filled.{kind}"
+    data = f"{ratings} {TABLE}" if kind == "table.csv" else f"{tmp_path / 'm.npy'} --jobs 1"
+    assert main(f"complete {data} --out {tmp_path / 'run'} --no-calibrate --filled {target}".split()) == 0
+    if kind == "table.csv":
+        with target.open(encoding="utf-8", newline="") as file:
+            head, *lines = csv.reader(file)
+        assert head[0] == "user"
+        at = {int(name.removeprefix("film ")): place for place, name in enumerate(head) if place}
+        filled = np.empty_like(full)
+        for line in lines:
+            filled[int(line[0][1:])] = [float(line[at[j]]) for j in range(30)]
+    else:
+        filled = np.load(target, allow_pickle=False) if kind == "npy" else np.loadtxt(target, delimiter=",")
+        seen = ~np.isnan(holes)
+        np.testing.assert_allclose(filled[seen], holes[seen], rtol=0 if kind == "npy" else 1e-6)
+    np.testing.assert_allclose(filled, full, atol=1e-4)
+    assert [path.name for path in target.parent.iterdir()] == [target.name]
+
+
 def test_a_table_without_header(ratings: Path, tmp_path: Path) -> None:
     path = tmp_path / "bare.tsv"
     text = ratings.read_text(encoding="utf-8").split("\n", 1)[1].replace(",", "\t")
@@ -395,6 +421,12 @@ BAD = {
     "from without pairs": "complete --from {run}",
     "from with data": "complete {ratings} --from {run} --predict {pairs}",
     "from with out": "complete --from {run} --predict {pairs} --out {out}",
+    "from with options of a fit": "complete --from {run} --predict {pairs} --rank 3 --no-calibrate",
+    "filled of another kind": GOOD + "--filled whole.xlsx",
+    "filled over the data": GOOD + "--filled {ratings}",
+    "filled below a file": GOOD + "--filled {text}/m.csv",
+    "filled a picture": "complete {picture} --observed .5 --out {out} --filled {out}.csv",
+    "filled by a finished run": "complete {ratings} --row user --col item --value rating --out {run} --filled {out}.csv",
     "from with wrong pairs": "complete --from {run} --predict {wrong}",
 }
 
@@ -441,7 +473,7 @@ def test_damaged_runs(run: Path, tmp_path: Path, capsys: Captured, name: str, co
 
 OPTIONS = [
     "--row", "--col", "--value", "--delimiter", "--key", "--observed", "--mask", "--rank", "-r", "--depth", "--solver",
-    "--loss", "--clip", "--max-iter", "--dtype", "--predict", "--interval", "--predictions", "--from", "--seed", "-j",
+    "--loss", "--clip", "--max-iter", "--dtype", "--predict", "--interval", "--predictions", "--filled", "--from", "--seed", "-j",
 ]  # fmt: skip
 VALUES = st.one_of(st.integers().map(str), st.floats().map(str), st.text(max_size=12), st.sampled_from(["", "auto"]))
 

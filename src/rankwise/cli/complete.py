@@ -28,6 +28,7 @@ More entries than one machine holds: the same command under torchrun, the run fo
   torchrun --nproc-per-node 2 -m rankwise complete ratings.csv --row user --col item --value rating --out runs/ml
 """
 
+_OF_PREDICTING = ("from_run", "predict", "interval", "predictions", "row", "col", "header", "delimiter", "jobs")
 _DATA, _MODEL, _PREDICTION, _PICTURE = "Data", "Model", "Predictions", "Pictures"
 
 
@@ -36,6 +37,7 @@ def register(app: typer.Typer) -> None:
 
 
 def complete(
+    context: typer.Context,
     data: Annotated[str | None, typer.Argument(help="File with the observed entries, or a picture.")] = None,
     out: Annotated[str | None, typer.Option(help="Run folder to create, or one to go on with.")] = None,
     row: Annotated[
@@ -121,6 +123,12 @@ def complete(
         str | None,
         typer.Option(help="CSV to write (predictions.csv in the run folder).", rich_help_panel=_PREDICTION),
     ] = None,
+    filled: Annotated[
+        str | None,
+        typer.Option(
+            help="Also write the whole matrix, its holes filled: a .csv or .npy file.", rich_help_panel=_PREDICTION
+        ),
+    ] = None,
     from_run: Annotated[
         str | None,
         typer.Option("--from", help="Finished run to predict from, without a fit.", rich_help_panel=_PREDICTION),
@@ -134,8 +142,7 @@ def complete(
     pairs = runs.Pairs.checked(predict, interval, predictions, row, col, header, delimiter)
     _check_threads(jobs)
     if from_run is not None:
-        if data is not None or out is not None:
-            raise UserError("--from takes everything from a finished run; leave the data file and --out out")
+        _check_only_predicts(context)
         if pairs is None:
             raise UserError("--from needs --predict with a table of the entries to predict")
         runs.predict_from(Path(from_run), pairs, jobs, console)
@@ -151,6 +158,9 @@ def complete(
         observed=observed, mask=mask, rank=rank, depth=depth, solver=solver, intercept=intercept, loss=loss,
         clip=runs.parsed_bounds(clip), max_iter=max_iter, dtype=dtype, calibrate=calibrate, seed=seed,
     )  # fmt: skip
+    if filled is not None and runs.is_picture(data):
+        raise UserError("a picture is filled into filled.png in the run folder; leave --filled out")
+    whole = runs.checked_filled(filled, data)
     settings.check(data, predicts=pairs is not None, with_intervals=pairs is not None and pairs.level is not None)
     with runs.torchrun_processes() as together:
         jobs = runs.fair_jobs(jobs)
@@ -158,9 +168,21 @@ def complete(
             runs.follow(Path(out), settings, jobs, together)
             return
         others = runs.Others(together) if together.size > 1 else None
-        runs.CompletionRun(Path(out), data, settings, jobs, console, others).go(pairs)
+        runs.CompletionRun(Path(out), data, settings, jobs, console, others).go(pairs, whole)
         if others is not None:  # where it failed, torchrun ends them: they may be waiting in the middle of a fit
             others.end()
+
+
+def _check_only_predicts(context: typer.Context) -> None:
+    """With --from nothing is read or fitted: an option about that would be ignored."""
+    given = [
+        parameter.opts[-1] if parameter.param_type_name == "option" else "the data file"
+        for parameter in context.command.params
+        if parameter.name not in _OF_PREDICTING
+        and getattr(context.get_parameter_source(parameter.name or ""), "name", "") == "COMMANDLINE"
+    ]
+    if given:
+        raise UserError(f"--from takes everything else from a finished run; leave {', '.join(given)} out")
 
 
 def _check_threads(jobs: int | None) -> None:

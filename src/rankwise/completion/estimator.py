@@ -224,10 +224,13 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         half = self.calibrate().half_width(interval) * self.solution_.spread_at(row, column)
         return IntervalPrediction(self._clipped(values), self._clipped(values - half), self._clipped(values + half))
 
-    def calibrate(self) -> Calibration:
+    def calibrate(self, *, callback: Callback | None = None) -> Calibration:
         """Errors on held-out entries, from a fit without them; made once, kept for every interval.
 
         Its ``rmse`` is the error to expect on an unseen entry.
+
+        Args:
+            callback: called with each iteration's entry of that fit's history.
 
         Raises:
             UserError: the model was loaded without a calibration, so there are no entries to hold out.
@@ -238,7 +241,7 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
                 raise UserError("a loaded model has no entries to calibrate on: call calibrate() before save()")
             with kernels.threads(_thread_count(self.n_jobs)):
                 self.calibration_ = calibrate(
-                    self.observations_, self._options(), self.validation_fraction, _seed(self.random_state)
+                    self.observations_, self._options(), self.validation_fraction, _seed(self.random_state), callback
                 )
         return self.calibration_
 

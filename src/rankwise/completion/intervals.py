@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from rankwise.completion.observations import Observations
 from rankwise.completion.options import SolverOptions
-from rankwise.completion.solver import held_out_mask, solve
+from rankwise.completion.solver import Callback, held_out_mask, solve
 
 _MOST_SCORES = 20_000
 
@@ -39,7 +39,9 @@ class Calibration:
         return float(self.scores[place - 1]) if place <= len(self.scores) else float("inf")
 
 
-def calibrate(observations: Observations, options: SolverOptions, fraction: float, seed: int) -> Calibration:
+def calibrate(
+    observations: Observations, options: SolverOptions, fraction: float, seed: int, callback: Callback | None = None
+) -> Calibration:
     """Fit without ``fraction`` of the entries, drawn at random, and score those.
 
     The intervals are then used around the fit to all entries, which errs less: they cover a little more than they say.
@@ -49,7 +51,7 @@ def calibrate(observations: Observations, options: SolverOptions, fraction: floa
     """
     together = observations.collective
     hidden = held_out_mask(len(observations.values), fraction, seed + together.rank)
-    solution = solve(observations.subset(~hidden), options)
+    solution = solve(observations.subset(~hidden), options, callback=callback)
     row = together.stacked(observations.row_of_each()[hidden] + observations.first_row)
     column = together.stacked(observations.columns[hidden])
     truth = together.stacked(observations.values[hidden].astype(np.float64))

@@ -1,8 +1,9 @@
 """Runs of ``rankwise complete``: what was asked for, the folder it fills, predictions from it."""
 
+from rankwise.completion_runs.filled import checked_filled
 from rankwise.completion_runs.predictions import Pairs, predict_from
 from rankwise.completion_runs.run import CompletionRun
-from rankwise.completion_runs.settings import CompletionSettings, parsed_bounds
+from rankwise.completion_runs.settings import CompletionSettings, is_picture, parsed_bounds
 from rankwise.completion_runs.several import Others, fair_jobs, follow, torchrun_processes
 
 __all__ = [
@@ -10,8 +11,10 @@ __all__ = [
     "CompletionSettings",
     "Others",
     "Pairs",
+    "checked_filled",
     "fair_jobs",
     "follow",
+    "is_picture",
     "parsed_bounds",
     "predict_from",
     "torchrun_processes",

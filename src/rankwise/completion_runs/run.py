@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from rankwise.completion_runs.filled import write_filled
 from rankwise.completion_runs.folder import (
     FORMAT_VERSION,
     KIND,
@@ -54,10 +55,19 @@ class CompletionRun:
         self.others = others
         self.notes: list[str] = []
 
-    def go(self, pairs: Pairs | None) -> None:
-        """Do what is left to do."""
+    def go(self, pairs: Pairs | None, filled: Path | None = None) -> None:
+        """Do what is left to do.
+
+        Args:
+            pairs: entries to predict.
+            filled: file for the whole matrix, its holes filled.
+        """
         state = self._state()
         if state == "finished":
+            if filled is not None:
+                raise UserError(
+                    f"{self.folder} is finished and keeps no entries, so --filled needs a new run: choose another --out"
+                )
             self.say(f"{self.folder} is finished: nothing to fit (another --out starts another run)")
             (self.folder / _ENTRIES).unlink(missing_ok=True)
             if not (self.folder / "report.html").is_file():
@@ -81,6 +91,8 @@ class CompletionRun:
         except MemoryError:
             raise UserError("out of memory; --dtype float32, a smaller --rank or --no-calibrate need less") from None
         self._report()
+        if filled is not None:
+            write_filled(filled, model, observations, labels, self.console)
         if pairs is not None and asked is not None:
             write_predictions(self.folder, pairs, asked, labels, model, self.console)
 
@@ -273,8 +285,12 @@ class CompletionRun:
             self.notes.append("entries were held out one colour at a time; pixels without any colour err more")
         if self.others is not None:
             self.others.calibrate()
-        with progress(self.console, "fitting without a tenth of the entries"):
-            return model.calibrate()
+        with progress(self.console, "fitting without a tenth of the entries") as (_, describe):
+
+            def noted(entry: dict[str, Any]) -> None:
+                describe(f"fitting without a tenth of the entries: {entry['stage']} {entry.get('iteration', '')}")
+
+            return model.calibrate(callback=noted)
 
     def _summarize(
         self, model: "DeepMatrixCompletion", observations: "Observations", picture: "Picture | None", seconds: float,
