@@ -1,7 +1,8 @@
 """Matrix completion against cmfrec, at the settings that suit cmfrec best, and alone where no peer gets there.
 
     pip install cython findblas && pip install --no-build-isolation cmfrec     # builds from source
-    python benchmarks/completion.py        # writes results/completion.json
+    python benchmarks/completion.py             # writes results/completion.json
+    python benchmarks/completion.py ratings     # measures this again and keeps the rest
 
 Both sides get the same arrays in one process, one thread each, and alternate. cmfrec is told the rank or the bound; its
 penalty is the best of those tried on the true error. Without cmfrec only our side runs. ``RANKWISE_DATA`` names the
@@ -10,15 +11,20 @@ folder that holds movielens_100k/; without it the ratings are left out.
 
 import argparse
 import gzip
+import json
 import os
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if "--without-numba" in sys.argv:
+    sys.modules["numba"] = None  # type: ignore[assignment]
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
@@ -28,7 +34,7 @@ from sklearn.impute import KNNImputer
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.protocol import alternate, peak_memory_bytes, write_result
-from rankwise.completion import DeepMatrixCompletion, Observations
+from rankwise.completion import DeepMatrixCompletion, Observations, kernels
 from rankwise.completion.entry_products import EntryProducts, entry_products, numba_serial
 from rankwise.completion.weight_decay_path import follow_weight_decay
 
@@ -40,29 +46,50 @@ except ImportError:
 Array = NDArray[np.float64]
 SIDE, RANK = 1000, 5
 DATA = Path(__file__).parent.parent / "docs" / "data"
+RESULTS = Path(__file__).parent / "results" / "completion.json"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--draws", type=int, default=20, help="of every hard problem")
+    parser.add_argument("sections", nargs="*", help="measure these again and keep the others")
     parser.add_argument("--only-scaling", type=int, metavar="ENTRIES", help="one run of that size, nothing written")
+    parser.add_argument("--only-first-fit", action="store_true", help="one fit of the easy problem, nothing written")
+    parser.add_argument("--without-numba", action="store_true", help="as if it were not installed")
     options = parser.parse_args()
     if options.only_scaling:
         scaling(options.only_scaling)
         return
-    content = {
-        "noiseless": [noiseless(p, k, options.pairs) for p in (0.2, 0.05) for k in (5, 10, 20)],
-        "noisy": [noisy(sigma, options.pairs) for sigma in (0.1, 0.5)],
-        "hard": [hard(kappa, rho, options.draws) for kappa in (10, 100, 1e5) for rho in (4, 3, 2, 1.5)],
-        "scaling": [scaling(count) for count in (10**5, 10**6, 10**7)],
-        "kernel": [kernel(side, count) for side, count in ((1000, 2 * 10**5), (20_000, 10**6))],
-        "sensors": [sensors(holes) for holes in ("four hours", "single readings")],
-        "picture": [picture(share) for share in (0.4, 0.3, 0.1)],
-        "ratings": ratings(options.pairs),
-        "peak_memory_bytes": peak_memory_bytes([str(Path(__file__)), "--only-scaling", str(10**7)]),
+    if options.only_first_fit:
+        rng = np.random.default_rng(0)
+        seen = entries(rng, *planted(rng), 0.2)
+        print(json.dumps([_seconds(lambda: DeepMatrixCompletion(n_jobs=1).fit(seen)) for _ in range(4)]))
+        return
+    sections: dict[str, Callable[[], Any]] = {
+        "noiseless": lambda: [noiseless(p, k, options.pairs) for p in (0.2, 0.05) for k in (5, 10, 20)],
+        "noisy": lambda: [noisy(sigma, options.pairs) for sigma in (0.1, 0.5)],
+        "hard": lambda: [hard(kappa, rho, options.draws) for kappa in (10, 100, 1e5) for rho in (4, 3, 2, 1.5)],
+        "scaling": lambda: [scaling(count) for count in (10**5, 10**6, 10**7)],
+        "scaling_at_one_size": lambda: [scaling(count, 20_000) for count in (10**6, 10**7)],
+        "kernel": lambda: [
+            kernel(side, count) for side, count in ((1000, 2 * 10**5), (20_000, 10**6), (20_000, 10**7))
+        ],
+        "first_fit": lambda: first_fit(),
+        "full_width": lambda: full_width(),
+        "sensors": lambda: [sensors(holes) for holes in ("four hours", "single readings")],
+        "picture": lambda: [picture(share) for share in (0.4, 0.3, 0.1)],
+        "ratings": lambda: ratings(options.pairs),
+        "peak_memory_bytes": lambda: peak_memory_bytes([str(Path(__file__)), "--only-scaling", str(10**7)]),
     }
-    write_result("completion", " ".join(["python", "benchmarks/completion.py", *sys.argv[1:]]), content)
+    if unknown := set(options.sections) - set(sections):
+        parser.error(f"no sections named {', '.join(sorted(unknown))}; there are {', '.join(sections)}")
+    content = {}
+    if options.sections:  # the others stay as they were measured
+        content = {key: value for key, value in json.loads(RESULTS.read_text()).items() if key in sections}
+    for name in options.sections or sections:
+        content[name] = sections[name]()
+    write_result("completion", "python benchmarks/completion.py", content)
 
 
 def planted(rng: np.random.Generator, kappa: float | None = None) -> tuple[Array, Array]:
@@ -169,19 +196,20 @@ def hard(kappa: float, oversampling: float, draws: int) -> dict[str, Any]:
     return result
 
 
-def scaling(count: int) -> dict[str, Any]:
-    """Planted rank 10; the side grows with the entries so that every row has a hundred."""
-    side = count // 100
+def scaling(count: int, side: int | None = None) -> dict[str, Any]:
+    """Planted rank 10; without a side it grows with the entries, so that every row has a hundred."""
+    side = side or count // 100
     rng = np.random.default_rng(0)
     A, B = (rng.standard_normal((side, 10)) for _ in range(2))
     rows, columns = (rng.integers(0, side, count) for _ in range(2))
     start = time.perf_counter()
     seen = Observations.from_coordinates(rows, columns, np.einsum("ij,ij->i", A[rows], B[columns]), (side, side))
     sorting = time.perf_counter() - start
-    follow_weight_decay(seen, max_rank=12, max_iter=1)
-    start = time.perf_counter()
-    end = follow_weight_decay(seen, max_rank=12, tolerance=1e-6)
-    seconds = time.perf_counter() - start
+    with kernels.threads(1):
+        follow_weight_decay(seen, max_rank=12, max_iter=1)
+        start = time.perf_counter()
+        end = follow_weight_decay(seen, max_rank=12, tolerance=1e-6)
+        seconds = time.perf_counter() - start
     products = sum(entry["products"] for entry in end.history)
     result = {
         "entries": count,
@@ -210,6 +238,31 @@ def kernel(side: int, count: int) -> dict[str, Any]:
     result = {"side": side, "entries": seen.count, "nanoseconds_an_entry": 1e9 * best / seen.count}
     print("kernel", result, flush=True)
     return result
+
+
+def first_fit() -> dict[str, float]:
+    """Seconds of the first fit in a process, with kernels to compile, with kernels compiled before, and without numba."""
+
+    def fits(cache: str, *more: str) -> list[float]:
+        command = [sys.executable, __file__, "--only-first-fit", *more]
+        done = subprocess.run(command, env=os.environ | {"NUMBA_CACHE_DIR": cache}, capture_output=True, check=True)
+        return [float(seconds) for seconds in json.loads(done.stdout)]
+
+    with tempfile.TemporaryDirectory() as cache:
+        compiling, compiled, without = fits(cache), fits(cache), fits(cache, "--without-numba")
+    result = {
+        "compiling": compiling[0], "compiled_before": compiled[0], "later": min(compiled), "without_numba": min(without)
+    }  # fmt: skip
+    print("first fit", result, flush=True)
+    return result
+
+
+def full_width() -> dict[str, float]:
+    """Gradient descent on three d × d factors, as measured for the paper's Figure 5: steps times seconds a step."""
+    figure = Path(__file__).parent.parent / "reproduction" / "icml24" / "fig5" / "measured.json"
+    measured = json.loads(figure.read_text())["results"]
+    steps, each = measured["compressed"]["iterations"], measured["full_width_seconds_per_iteration"]
+    return {"iterations": steps, "seconds_per_iteration": each, "hours": steps * each / 3600}
 
 
 def sensors(holes: str, draws: int = 3) -> dict[str, Any]:

@@ -381,17 +381,18 @@ else:
         k = means.shape[1]
         # made once a column instead of once an entry: each entry then adds one contiguous vector
         of_columns = _second_moments(means, covariances)
+        with_intercept = covariances[:, 0].copy()  # close together, unlike the first rows of whole blocks
         for i in numba.prange(len(starts) - 1):
             packed, h = second[i], first[i]
             t = 0.0
             for p in range(starts[i], starts[i + 1]):
                 j = columns[p]
-                x, C, moments = means[j], covariances[j], of_columns[j]
+                x, C, moments = means[j], with_intercept[j], of_columns[j]
                 y = values[p] - x[0]
-                t += y * y + C[0, 0]
+                t += y * y + C[0]
                 h[0] += y
                 for a in range(1, k):
-                    h[a] += y * x[a] - C[0, a]
+                    h[a] += y * x[a] - C[a]
                 for q in range(packed.shape[0]):
                     packed[q] += moments[q]
             power[i] = t

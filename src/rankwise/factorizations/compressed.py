@@ -88,7 +88,13 @@ class CompressedDeepLinear(nn.Module):
 
     @classmethod
     def from_full_width(
-        cls, deep: DeepLinear, gradient: Float[Tensor, "d d"] | MatrixOperator, rank: int, *, train_outer: bool = False
+        cls,
+        deep: DeepLinear,
+        gradient: Float[Tensor, "d d"] | MatrixOperator,
+        rank: int,
+        *,
+        train_outer: bool = False,
+        generator: torch.Generator | None = None,
     ) -> "CompressedDeepLinear":
         """Compress a given square orthogonal factorization at its start (ICML 2024, §2.3).
 
@@ -99,6 +105,8 @@ class CompressedDeepLinear(nn.Module):
             deep: factors ε_l Q_l with Q_l orthogonal, d × d each, d > 2·rank.
             gradient: G = ∂loss/∂f at f = 0.
             rank: k, an upper bound on the rank of G.
+            train_outer: whether U₁ and V₁ get gradients.
+            generator: of the sketch that finds the singular vectors of a large G.
 
         Raises:
             ValueError: factors not square or not scaled-orthogonal, or 2·rank > d.
@@ -106,7 +114,7 @@ class CompressedDeepLinear(nn.Module):
         scales, rotation = _scaled_orthogonal(deep)
         if 2 * rank > rotation.shape[0]:
             raise ValueError(f"2·rank = {2 * rank} exceeds the width {rotation.shape[0]}: nothing to compress")
-        svd = truncated_svd(gradient, rank)
+        svd = truncated_svd(gradient, rank, generator=generator)
         Vk, overlap = svd.Vh.mT.to(rotation.dtype), rotation.mT @ svd.U.to(rotation.dtype)
         right = torch.cat([Vk, residual_frame(Vk, overlap)], dim=1)
         inner = identity_factors(deep.depth, 2 * rank, scales, dtype=rotation.dtype).to(rotation.device)
