@@ -13,6 +13,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -145,6 +146,11 @@ class _Task:
         self.callback = callback
         self.history: list[dict[str, Any]] = []
 
+    @cached_property
+    def intercepts(self) -> Intercepts:
+        """Of the observations, whether or not the fit is to have any."""
+        return fit_intercepts(self.observations)
+
     def on(self, observations: Observations, start: Solution | None) -> "_Task":
         """The same task on other values of the same entries, from an earlier solution; the history goes on."""
         task = _Task(observations, self.options, self.rank, start, self.callback)
@@ -167,7 +173,7 @@ class _Task:
             route=route,
             row_seen=seen.row_counts > 0,
             column_seen=seen.column_counts > 0,
-            fallback=fit_intercepts(seen),
+            fallback=self.intercepts,
             history=self.history,
             **{**nothing, **parts},
         )
@@ -176,7 +182,7 @@ class _Task:
         """The intercepts, where asked for, and what they leave."""
         if not self.options.fit_intercept:
             return Intercepts.none(self.observations.shape), self.observations
-        intercepts = fit_intercepts(self.observations)
+        intercepts = self.intercepts
         return intercepts, self.observations.with_values(intercepts.residual(self.observations))
 
     def follow(self, rest: Observations, stage: str, *, earlier: Balanced | None = None, **changed: Any) -> PathEnd:
@@ -260,7 +266,7 @@ def _walk(task: _Task, most: int, trusted: int) -> _Walk:
     intercepts, rest = task.without_intercepts()
     unasked = task.options.fit_intercept is None and _mostly_mean(rest)
     if unasked:
-        intercepts = fit_intercepts(rest)
+        intercepts = task.intercepts
         rest = rest.with_values(intercepts.residual(rest))
         most += _INTERCEPT_DIRECTIONS
     end = task.follow(rest, "path", max_rank=max(1, min(most, trusted + 1)), trusted_rank=max(1, trusted))
@@ -320,7 +326,7 @@ def _start(task: _Task, walk: _Walk, most: int) -> Posterior:
     noise = noise_behind(walk.end.residual * _power(walk.rest, walk.rest.values) ** 0.5, width, seen)
     wanted = task.options.fit_intercept
     if wanted is None and not walk.unasked:
-        intercepts = fit_intercepts(seen)
+        intercepts = task.intercepts
         factors = _with_intercepts(factors, intercepts, -1.0, seen.collective).keep(slice(width))
     factors = factors.keep(slice(most))
     return posterior_around(seen, intercepts, factors.left, factors.right, noise, fit_intercept=wanted is not False)
