@@ -11,7 +11,7 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
 from rankwise.adapters import DeepLoraConfig, DeepLoraPeftType
-from rankwise.testing.adapter_contract import deeplora_layers
+from rankwise.testing.adapter_contract import deeplora_layers, disturbed
 from tests.tiny_models import Mlp, tiny_bert, tiny_gpt2, token_batch
 
 
@@ -164,14 +164,28 @@ def test_a_clamped_adapter_loads_again(tmp_path: Path) -> None:
     assert torch.equal(PeftModel.from_pretrained(base, tmp_path)(x), model.eval()(x))
 
 
-def test_conv1d_is_refused_by_name() -> None:
-    with pytest.raises(TypeError, match=r"c_attn is a Conv1D.*roadmap.*exclude_modules"):
-        adapted(tiny_gpt2(), target_modules=["c_attn"])
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (nn.LayerNorm(8), r"linear layers, embeddings and convolutions; layer is a LayerNorm.*exclude_modules"),
+        (nn.Embedding(9, 8, max_norm=1.0), "max_norm.*would not be shortened"),
+        (nn.Conv2d(8, 8, 3, groups=8), "convolution of 8 groups.*exclude_modules"),
+        (nn.LazyConv2d(8, 3), "LazyConv2d, which may do more than convolve"),
+        (nn.ConvTranspose2d(8, 8, 3), "ConvTranspose2d"),
+    ],
+    ids=["norm", "max-norm", "groups", "subclass", "transposed"],
+)
+def test_other_kinds_of_layer_are_refused(layer: nn.Module, says: str) -> None:
+    model = nn.Module()
+    model.layer = layer
+    with pytest.raises(TypeError, match=says):
+        adapted(model, target_modules=["layer"], r=2)
 
 
-def test_other_kinds_of_layer_are_refused() -> None:
-    with pytest.raises(TypeError, match=r"nn\.Linear layers.*Embedding"):
-        adapted(tiny_bert(), target_modules=["word_embeddings"])
+def test_layers_that_work_like_linear_ones_are_in_all_linear() -> None:
+    model = adapted(tiny_gpt2(bos_token_id=0, eos_token_id=0), task_type="CAUSAL_LM", r=4)
+    assert {name.split(".")[-1] for name in layer_names(model)} == {"c_attn", "c_proj", "c_fc"}
+    assert model.peft_config["default"].fan_in_fan_out
 
 
 class Attention(nn.Module):
@@ -232,7 +246,7 @@ def test_trained_biases_are_saved_and_loaded(tmp_path: Path, bias: str, trained:
 
 
 def test_fan_in_fan_out_does_not_corrupt_an_ordinary_layer() -> None:
-    """nn.Linear stores (out, in), and only nn.Linear is adapted; PEFT's LoRA falls back to False here."""
+    """nn.Linear stores (out, in): the layer decides; PEFT's LoRA falls back to False here."""
     torch.manual_seed(0)
     model = adapted(Mlp(24, 24), target_modules=["lin1"], fan_in_fan_out=True, init_weights=False).eval()
     x = torch.randn(3, 24)
@@ -241,7 +255,58 @@ def test_fan_in_fan_out_does_not_corrupt_an_ordinary_layer() -> None:
     torch.testing.assert_close(model(x), unmerged)
 
 
-def test_mixing_adapters_in_one_batch_is_refused() -> None:
-    model = adapted(tiny_bert(), task_type="SEQ_CLS").eval()
-    with pytest.raises(ValueError, match="set_adapter"):
+def two_adapters() -> Any:
+    model = adapted(tiny_bert(), task_type="SEQ_CLS")
+    model.add_adapter("second", DeepLoraConfig(r=2, task_type="SEQ_CLS"))
+    for seed, name in enumerate(("default", "second")):
+        disturbed(model, name, seed=seed)
+    return model.eval()
+
+
+@torch.no_grad()
+def test_a_batch_may_mix_adapters_row_by_row() -> None:
+    model = two_adapters()
+    batch = token_batch()
+    alone = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone[name] = model(**batch).logits
+    with model.disable_adapter():
+        alone["__base__"] = model(**batch).logits
+    names = ["second", "__base__", "default", "second"]
+    mixed = model(**batch, adapter_names=names).logits
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], alone[name][row])
+    torch.testing.assert_close(model(**batch).logits, alone["second"])  # the hooks are gone
+
+
+@torch.no_grad()
+def test_generation_may_mix_adapters_with_beams() -> None:
+    model = adapted(tiny_gpt2(bos_token_id=0, eos_token_id=0, pad_token_id=0), task_type="CAUSAL_LM")
+    model.add_adapter("second", DeepLoraConfig(r=2, task_type="CAUSAL_LM"))
+    for seed, name in enumerate(("default", "second")):
+        disturbed(model, name, seed=seed, scale=1.0)
+    model.eval()
+    ids = torch.randint(1, 99, (3, 5), generator=torch.Generator().manual_seed(0))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "num_beams": 2, "do_sample": False}
+    alone = {}
+    for name in ("default", "second"):
+        model.set_adapter(name)
+        alone[name] = model.generate(input_ids=ids, **options)
+    names = ["second", "default", "second"]
+    mixed = model.generate(input_ids=ids, adapter_names=names, **options)
+    for row, name in enumerate(names):
+        assert mixed[row].tolist() == alone[name][row].tolist()
+
+
+def test_mixing_mistakes_are_named() -> None:
+    model = two_adapters()
+    with pytest.raises(ValueError, match="no adapter named 'third'; this model has default, second"):
+        model(**token_batch(), adapter_names=["default", "third", "second", "default"])
+    with pytest.raises(ValueError, match="one name for each of the 4 rows"):
+        model(**token_batch(), adapter_names=["default"])
+    with pytest.raises(ValueError, match=r"call model\.eval"):
+        model.train()(**token_batch(), adapter_names=["default"] * 4)
+    model.eval().merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
         model(**token_batch(), adapter_names=["default"] * 4)

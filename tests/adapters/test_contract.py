@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import DeepLoraConfig
-from rankwise.adapters.layer import scaled_left
+from rankwise.adapters.layers import scaled_left
 from rankwise.factorizations import identity_factors
 from rankwise.testing import AdapterContract
-from tests.tiny_models import Mlp, tiny_bert, tiny_llama, token_batch
+from tests.tiny_models import Mlp, tiny_bert, tiny_gpt2, tiny_llama, token_batch
 
 
 class MlpCase(AdapterContract):
@@ -102,6 +102,69 @@ class TestLlama(TransformerCase):
 
     def make_batch(self) -> Any:
         return token_batch(labels="tokens")
+
+
+class TestGpt2(TransformerCase):
+    """``Conv1D``: linear layers whose weight is stored as (in, out)."""
+
+    def make_model(self) -> nn.Module:
+        return tiny_gpt2(bos_token_id=0, eos_token_id=0, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+
+    def make_config(self, **changes: Any) -> DeepLoraConfig:
+        return DeepLoraConfig(**{"r": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **changes})
+
+    def make_batch(self) -> Any:
+        return token_batch(labels="tokens")
+
+
+class TestGpt2Compressed(TestGpt2):
+    def make_config(self, **changes: Any) -> DeepLoraConfig:
+        return super().make_config(**{"variant": "compressed", **changes})
+
+
+class TestEmbedding(TestBert):
+    """Word embeddings, with a padding token, and positions."""
+
+    def make_config(self, **changes: Any) -> DeepLoraConfig:
+        return super().make_config(**{"target_modules": ["word_embeddings", "position_embeddings"], **changes})
+
+
+class TestEmbeddingCompressed(TestEmbedding):
+    def make_config(self, **changes: Any) -> DeepLoraConfig:
+        return super().make_config(**{"variant": "compressed", "r": 6, **changes})
+
+
+class ConvNet(nn.Module):
+    """Every option of a convolution that changes what it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.edges = nn.Conv2d(3, 8, 3, stride=2, padding=1, padding_mode="reflect")
+        self.shapes = nn.Conv2d(8, 10, (3, 2), dilation=2, padding="same", bias=False)
+        self.lines = nn.Conv1d(10, 12, 3, padding=1)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.shapes(torch.tanh(self.edges(x))))
+        return self.head(torch.tanh(self.lines(x.flatten(2))).mean(-1))
+
+
+class TestConvolutions(MlpCase):
+    def make_model(self) -> nn.Module:
+        torch.manual_seed(0)
+        return ConvNet()
+
+    def make_config(self, **changes: Any) -> DeepLoraConfig:
+        targets = {"target_modules": ["edges", "shapes", "lines"]}
+        return super().make_config(**{**targets, **changes})
+
+    def make_batch(self) -> Any:
+        generator = torch.Generator().manual_seed(1)
+        return torch.randn(6, 3, 12, 10, generator=generator), torch.randn(6, 4, generator=generator)
+
+
+class TestConvolutionsCompressed(TestConvolutions):
+    settings = {"variant": "compressed"}  # noqa: RUF012
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -19,7 +19,7 @@ from rankwise.adapters.initialization import (
     initialize_deeplora_weights,
     save_subspaces,
 )
-from rankwise.adapters.layer import DeepLoraLayer, DeepLoraLinear
+from rankwise.adapters.layers import DeepLoraConv, DeepLoraEmbedding, DeepLoraLayer, DeepLoraLinear
 from rankwise.adapters.optimizer import create_deeplora_optimizer, deeplora_param_groups
 from rankwise.adapters.registration import DeepLoraPeftType, register_with_peft
 from rankwise.adapters.tangent import RidgeFit, RidgeSummary, solve_deeplora_weights
@@ -29,6 +29,8 @@ register_with_peft(DeepLoraConfig, DeepLoraModel)
 
 __all__ = [
     "DeepLoraConfig",
+    "DeepLoraConv",
+    "DeepLoraEmbedding",
     "DeepLoraLayer",
     "DeepLoraLinear",
     "DeepLoraModel",

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.config import DeepLoraConfig
-from rankwise.adapters.layer import DeepLoraLayer, scaled_left, stored_scale
+from rankwise.adapters.layers import DeepLoraLayer, scaled_left, stored_scale
 from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.spectral import numerical_rank, rank_for_energy
 from rankwise.spectral.precision import compute_dtype, require_finite

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.layer import DeepLoraLayer
+from rankwise.adapters.layers import DeepLoraLayer
 from rankwise.spectral import MatrixOperator, OuterProduct
 from rankwise.spectral.operators import as_operator
 
@@ -34,6 +34,11 @@ class LayerGradient:
             or rows * (self.out_features + self.in_features) > self.out_features * self.in_features
         ):
             self._multiply_out()
+
+    def add_matrix(self, matrix: Tensor) -> None:
+        """Add a part that is a whole (m, n) matrix already."""
+        wide = matrix if matrix.dtype == torch.float64 else matrix.float()
+        self.dense = wide if self.dense is None else self.dense + wide
 
     def _multiply_out(self) -> None:
         for delta, x in self.pairs:
@@ -90,10 +95,7 @@ class GradientCapture:
         self.open.clear()
         self.calls_left.clear()
         self.differentiating = False
-        handles = [
-            layer.register_forward_hook(self._hook(name))  # type: ignore[attr-defined]
-            for name, layer in self.layers.items()
-        ]
+        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
         try:
             with torch.enable_grad():
                 loss = loss_of_batch()
@@ -123,7 +125,7 @@ class GradientCapture:
     def _add(self, name: str, delta: Tensor, x: Tensor) -> None:
         layer = self.layers[name]
         gradient = self.open.setdefault(name, LayerGradient(layer.out_features, layer.in_features))
-        gradient.add(delta, x)
+        layer.add_gradient(gradient, delta, x)
         self.calls_left[name] -= 1
         if self.calls_left[name] == 0:
             self._finish(name)

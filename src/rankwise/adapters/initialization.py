@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.config import ZERO_LEFT
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
-from rankwise.adapters.layer import DeepLoraLayer
+from rankwise.adapters.layers import DeepLoraLayer
 from rankwise.factorizations import InvariantSubspaces, invariant_subspaces
 from rankwise.files import save_tensors
 from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd

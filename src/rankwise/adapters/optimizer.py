@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rankwise.adapters.layer import DeepLoraLayer
+from rankwise.adapters.layers import DeepLoraLayer
 
 
 def deeplora_param_groups(

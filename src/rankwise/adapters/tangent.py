@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
 from rankwise.adapters.initialization import layers_with, to_device
-from rankwise.adapters.layer import DeepLoraLayer
+from rankwise.adapters.layers import DeepLoraLayer
 from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd
 from rankwise.spectral.operators import as_operator
 

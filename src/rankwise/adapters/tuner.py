@@ -4,15 +4,17 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils.other import get_pattern_key
+from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.config import DeepLoraConfig
-from rankwise.adapters.layer import MIXED_BATCHES, DeepLoraLayer, DeepLoraLinear
+from rankwise.adapters.layers import DeepLoraLayer, adapted_layer, matrix_shape
 from rankwise.adapters.registration import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -21,7 +23,7 @@ _ALL_LINEAR = "all-linear"
 
 
 class DeepLoraModel(BaseTuner):
-    """Injects Deep LoRA into every targeted ``nn.Linear``; made by ``get_peft_model(model, DeepLoraConfig(...))``."""
+    """Puts Deep LoRA beside every targeted layer; made by ``get_peft_model(model, DeepLoraConfig(...))``."""
 
     prefix = PREFIX
     tuner_layer_cls = DeepLoraLayer
@@ -40,9 +42,9 @@ class DeepLoraModel(BaseTuner):
         left_out = set()
         for name, module in model.named_modules():
             layer = module.get_base_layer() if isinstance(module, DeepLoraLayer) else module
-            if not isinstance(layer, nn.Linear):
+            if not isinstance(layer, nn.Linear | Conv1D):
                 continue
-            small = min(layer.in_features, layer.out_features)
+            small = min(matrix_shape(layer))
             if isinstance(layer, NonDynamicallyQuantizableLinear):
                 left_out.add(name)
             elif small <= _width(peft_config, name):
@@ -61,10 +63,43 @@ class DeepLoraModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """PEFT strips ``adapter_names`` from the call before any layer sees it: refuse it here."""
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(MIXED_BATCHES)
-        yield
+        """Hand ``adapter_names``, one a row of the batch, to every layer below: a mixed batch."""
+        names = kwargs.get("adapter_names")
+        if names is None:
+            yield
+            return
+        handles = []
+        try:
+            for module, its_names in self._names_by_module(list(names), kwargs.get("num_beams")):
+                hook = partial(_with_adapter_names, names=its_names)
+                handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _names_by_module(self, names: list[str], num_beams: Any) -> Iterator[tuple[nn.Module, list[str]]]:
+        """Every layer that takes names, and the names it gets: beam search repeats the rows, but not in an encoder."""
+        if self.training:
+            raise ValueError("adapter_names mixes adapters at inference only; call model.eval() first")
+        layers = [m for m in self.modules() if isinstance(m, DeepLoraLayer | AuxiliaryTrainingWrapper)]
+        known = {name for layer in layers if isinstance(layer, DeepLoraLayer) for name in layer.r}
+        unknown = sorted({*names} - known - {"__base__"})
+        if unknown:
+            raise ValueError(
+                f"no adapter named {', '.join(map(repr, unknown))}; this model has {', '.join(sorted(known))}, and "
+                "'__base__' for none"
+            )
+        if any(layer.merged for layer in layers if isinstance(layer, DeepLoraLayer)):
+            raise ValueError(
+                "an adapter is merged into the base weights; call unmerge_adapter() before mixing adapters"
+            )
+        beams = num_beams if isinstance(num_beams, int) else 1
+        repeated = [name for name in names for _ in range(beams)]
+        encoder = self.model.get_encoder() if beams > 1 and hasattr(self.model, "get_encoder") else None
+        encoding = set() if encoder in (None, self.model) else set(encoder.modules())
+        for layer in layers:
+            yield layer, names if layer in encoding else repeated
 
     def _create_and_replace(  # type: ignore[override]  # every PEFT tuner narrows the config
         self,
@@ -74,18 +109,21 @@ class DeepLoraModel(BaseTuner):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **_: Any,
+        **more: Any,
     ) -> None:
         layer = target.get_base_layer() if isinstance(target, DeepLoraLayer) else target
-        layer = _require_linear(layer, current_key)
+        layer_class = adapted_layer(layer, current_key)
         width = _width(peft_config, current_key)
-        smaller = min(layer.in_features, layer.out_features)
+        smaller = min(matrix_shape(layer))
         if width > smaller:
             logger.warning("%s: width %d clamped to %d, the layer's smaller side", current_key, width, smaller)
             width = smaller
-        if peft_config.fan_in_fan_out:
-            logger.warning("fan_in_fan_out=True does not fit nn.Linear, which stores (out, in) weights; using False")
-            peft_config.fan_in_fan_out = False
+        if peft_config.fan_in_fan_out and not isinstance(layer, Conv1D):
+            logger.warning(
+                "fan_in_fan_out=True does not fit %s, which stores (out, in) weights; the layer decides", current_key
+            )
+        # what PEFT's LoRA wants to know of an exported adapter
+        peft_config.fan_in_fan_out = isinstance(layer, Conv1D)
         settings: dict[str, Any] = {
             "inner_depth": peft_config.inner_depth,
             "init_scale": peft_config.init_scale,
@@ -95,10 +133,12 @@ class DeepLoraModel(BaseTuner):
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
-        if isinstance(target, DeepLoraLinear):
+        if isinstance(target, DeepLoraLayer):
             target.update_layer(adapter_name, width, **settings)
             return
-        new_module = DeepLoraLinear(layer, adapter_name, width, fan_in_fan_out=peft_config.fan_in_fan_out, **settings)
+        new_module = layer_class(
+            layer, adapter_name, width, get_apply_tensor_subclass=more.get("get_apply_tensor_subclass"), **settings
+        )
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
@@ -108,22 +148,7 @@ def _width(peft_config: DeepLoraConfig, name: str) -> int:
     return peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), name), peft_config.r)
 
 
-def _require_linear(layer: nn.Module, name: str) -> nn.Linear:
-    kind = type(layer).__name__
-    if isinstance(layer, NonDynamicallyQuantizableLinear):
-        raise TypeError(
-            f"{name} is the output projection of nn.MultiheadAttention, which reads its weight without calling it: "
-            "an adapter there would never run. Leave it out with exclude_modules."
-        )
-    if not isinstance(layer, nn.Linear):
-        hint = "GPT-2's Conv1D is on the roadmap; " if kind == "Conv1D" else ""
-        raise TypeError(
-            f"Deep LoRA adapts nn.Linear layers; {name} is a {kind}. {hint}"
-            "name other layers in target_modules, or leave this one out with exclude_modules"
-        )
-    if not layer.weight.dtype.is_floating_point:
-        raise TypeError(
-            f"{name} holds quantized weights ({layer.weight.dtype}), which Deep LoRA does not adapt yet; "
-            "load the model in float32 or bfloat16"
-        )
-    return layer
+def _with_adapter_names(
+    _module: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any], *, names: list[str]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return inputs, {**kwargs, "adapter_names": names}

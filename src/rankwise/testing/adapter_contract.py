@@ -10,6 +10,8 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters import DeepLoraConfig, DeepLoraLayer, initialize_deeplora_weights
 
@@ -182,8 +184,17 @@ class AdapterContract:
         assert torch.equal(seen, seen[:, :1].expand_as(seen))  # every token of a row alike
         assert set(seen.unique().tolist()) == {0.0, 2.0}  # hidden, or scaled up: the mean stays
         assert len(seen[:, 0].unique(dim=0)) > 1  # rows differ
-        x = torch.randn(3, layer.in_features, dtype=torch.float64)
-        torch.testing.assert_close(layer.eval()(x), layer.base_layer(x) + x @ dense_update(layer).mT)
+        x = layer_input(layer, (3,))
+        torch.testing.assert_close(layer.eval()(x), dense_forward(layer, x))
+
+    def test_direction_dropout_keeps_the_mean(self) -> None:
+        layer = next(iter(deeplora_layers(self.adapted(torch.float64, trained=True, direction_dropout=0.5)).values()))
+        x = layer_input(layer, (1,)).repeat_interleave(4000, dim=0)
+        with torch.no_grad():
+            mean = (layer.train()(x) - layer.base_layer(x)).mean(0)
+        x = x[:1]
+        expected = (dense_forward(layer, x) - layer.base_layer(x))[0]
+        assert (mean - expected).norm() < 0.15 * expected.norm()
 
     def test_a_new_adapter_with_dropout_is_a_no_op_in_training_too(self) -> None:
         model = self.adapted(dropout=0.5, direction_dropout=0.5).train()
@@ -194,36 +205,41 @@ class AdapterContract:
 
     def test_the_update_is_the_dense_product_minus_its_start(self) -> None:
         for name, layer in deeplora_layers(self.adapted(torch.float64, trained=True)).items():
-            torch.testing.assert_close(layer.get_delta_weight("default"), dense_update(layer), msg=name)
+            expected = in_weight_layout(layer, dense_update(layer))
+            torch.testing.assert_close(layer.get_delta_weight("default"), expected, msg=name)
 
     @pytest.mark.parametrize("shape", [(), (3,), (2, 3), (1,), (0,), (2, 0)], ids=str)
     def test_forward_is_the_base_layer_plus_the_dense_update(self, shape: tuple[int, ...]) -> None:
         layer = next(iter(deeplora_layers(self.adapted(torch.float64, trained=True)).values()))
-        x = torch.randn(*shape, layer.in_features, dtype=torch.float64)
-        expected = layer.base_layer(x) + x @ dense_update(layer).mT
+        x = layer_input(layer, shape)
+        expected = dense_forward(layer, x)
         assert layer(x).shape == expected.shape
         torch.testing.assert_close(layer(x), expected)
 
     def test_non_contiguous_input(self) -> None:
         layer = next(iter(deeplora_layers(self.adapted(torch.float64, trained=True)).values()))
-        x = torch.randn(layer.in_features, 5, 2, dtype=torch.float64).permute(2, 1, 0)
-        torch.testing.assert_close(layer(x), layer.base_layer(x) + x @ dense_update(layer).mT)
+        x = layer_input(layer, (5,))
+        x = torch.stack([x, x], dim=-1)[..., 0]
+        assert not x.is_contiguous()
+        torch.testing.assert_close(layer(x), dense_forward(layer, x))
 
     def test_gradients_are_those_of_the_dense_expression(self) -> None:
         layer = next(iter(deeplora_layers(self.adapted(torch.float64, trained=True)).values()))
         factors = [getattr(layer, factor)["default"].weight for factor in _FACTORS]
-        x = torch.randn(4, layer.in_features, dtype=torch.float64, requires_grad=True)
-        probe = torch.randn(4, layer.out_features, dtype=torch.float64)
-        found = torch.autograd.grad((layer(x) * probe).sum(), [x, *factors])
-        dense = layer.base_layer(x) + x @ dense_update(layer).mT
-        for got, wanted in zip(found, torch.autograd.grad((dense * probe).sum(), [x, *factors]), strict=True):
+        x = layer_input(layer, (4,))
+        if x.is_floating_point():
+            factors.append(x.requires_grad_())
+        dense = dense_forward(layer, x)
+        probe = torch.randn_like(dense)
+        found = torch.autograd.grad((layer(x) * probe).sum(), factors)
+        for got, wanted in zip(found, torch.autograd.grad((dense * probe).sum(), factors), strict=True):
             torch.testing.assert_close(got, wanted)
 
     def test_output_seen_by_a_hook_on_the_base_layer_is_left_alone(self) -> None:
         layer = next(iter(deeplora_layers(self.adapted(trained=True)).values()))
         seen: list[tuple[Tensor, Tensor]] = []
         layer.base_layer.register_forward_hook(lambda _m, _x, output: seen.append((output, output.clone())))
-        layer(torch.randn(3, layer.in_features))
+        layer(layer_input(layer, (3,), torch.float32))
         assert torch.equal(*seen[0])
 
     def test_output_seen_by_a_global_hook_is_left_alone(self) -> None:
@@ -236,14 +252,14 @@ class AdapterContract:
 
         handle = nn.modules.module.register_module_forward_hook(record)
         try:
-            layer(torch.randn(3, layer.in_features))
+            layer(layer_input(layer, (3,), torch.float32))
         finally:
             handle.remove()
         assert torch.equal(*seen[0])
 
     def test_input_is_left_alone(self) -> None:
         layer = next(iter(deeplora_layers(self.adapted(trained=True)).values()))
-        x = torch.randn(3, layer.in_features)
+        x = layer_input(layer, (3,), torch.float32)
         before = x.clone()
         layer(x)
         assert torch.equal(x, before)
@@ -332,6 +348,19 @@ class AdapterContract:
         model.set_adapter("default")
         assert torch.equal(self.outputs_of(model), first)
 
+    def test_every_row_of_a_batch_can_have_its_own_adapter(self) -> None:
+        model = self.adapted(torch.float64, trained=True)
+        model.add_adapter("second", self.make_config(r=2))
+        disturbed(model, "second", seed=7)
+        layer = next(iter(deeplora_layers(model.to(torch.float64).eval()).values()))
+        x = layer_input(layer, (5,))
+        mixed = layer(x, adapter_names=["second", "default", "__base__", "default", "second"])
+        torch.testing.assert_close(mixed[[1, 3]], dense_forward(layer, x[[1, 3]]))
+        torch.testing.assert_close(mixed[[0, 4]], dense_forward(layer, x[[0, 4]], "second"))
+        assert torch.equal(mixed[2], layer.base_layer(x)[2])
+        with pytest.raises(ValueError, match="one name for each of the 5 rows"):
+            layer(x, adapter_names=["default"])
+
     # -- files ---------------------------------------------------------------------------------------------------
 
     def test_state_dict_keys(self) -> None:
@@ -415,6 +444,35 @@ def dense_update(layer: Any, adapter_name: str = "default") -> Tensor:
         core = factor @ core
     start = layer.init_scale[adapter_name] ** layer.inner_depth[adapter_name]
     return left @ (core - start * torch.eye(core.shape[0], dtype=core.dtype)) @ right
+
+
+def in_weight_layout(layer: Any, matrix: Tensor) -> Tensor:
+    """A (m, n) matrix as the base layer stores its weight; nothing for an embedding's padding token."""
+    base = layer.base_layer
+    if isinstance(base, nn.Embedding):
+        rows = matrix.mT.clone()
+        if base.padding_idx is not None:
+            rows[base.padding_idx] = 0
+        return rows
+    return matrix.mT if isinstance(base, Conv1D) else matrix.reshape(base.weight.shape)
+
+
+def dense_forward(layer: Any, x: Tensor, adapter_name: str = "default") -> Tensor:
+    """The base layer with the dense update added to its weight: what the adapted layer must give."""
+    weight = layer.base_layer.weight + in_weight_layout(layer, dense_update(layer, adapter_name))
+    return torch.func.functional_call(layer.base_layer, {"weight": weight}, (x,))
+
+
+def layer_input(layer: Any, shape: tuple[int, ...], dtype: torch.dtype = torch.float64) -> Tensor:
+    """A random input of a layer with these leading dimensions."""
+    base = layer.base_layer
+    if isinstance(base, nn.Embedding):
+        return torch.randint(base.num_embeddings, shape)
+    if isinstance(base, _ConvNd):
+        if len(shape) > 1:
+            pytest.skip("a convolution has one batch dimension")
+        return torch.randn(*shape, base.in_channels, *[9 + 2 * n for n in range(base.weight.ndim - 2)], dtype=dtype)
+    return torch.randn(*shape, layer.in_features, dtype=dtype)
 
 
 def _full_name(model: nn.Module, layer: nn.Module) -> str:

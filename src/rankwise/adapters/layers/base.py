@@ -1,23 +1,24 @@
-"""The adapted linear layer: y = W₀x + U(core − ε^L·I)Vᵀx."""
+"""What every adapted layer does: y = W₀x + U(core − ε^L·I)Vᵀx, whatever W₀x is for its kind of layer."""
 
 import warnings
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache, reduce
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from jaxtyping import Float
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.factorizations import compose, identity_factors
 from rankwise.spectral import haar_frame
 from rankwise.spectral.precision import compute_dtype
 
-MIXED_BATCHES = (
-    "Deep LoRA does not mix several adapters in one batch (adapter_names=...); "
-    "call set_adapter(name) and run one batch per adapter"
-)
+_BASE = "__base__"  # PEFT's name for "no adapter" in a mixed batch
 
 
 class Factor(nn.Module):
@@ -94,6 +95,28 @@ class DirectionDropout(nn.Module):
         return f"p={self.p}"
 
 
+class WeightGradient(Protocol):
+    """Where a layer puts the gradient of its weight, seen as a matrix."""
+
+    def add(self, delta: Tensor, x: Tensor) -> None:
+        """Add Σ δᵢxᵢᵀ over all leading dimensions of δ (…, m) and x (…, n)."""
+
+    def add_matrix(self, matrix: Float[Tensor, "m n"]) -> None:
+        """Add a dense part."""
+
+
+def matrix_shape(layer: nn.Module) -> tuple[int, int]:
+    """(out, in) of a layer's weight as a matrix."""
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.shape[1]), int(layer.weight.shape[0])
+    if isinstance(layer, nn.Embedding):
+        return layer.embedding_dim, layer.num_embeddings
+    if isinstance(layer, _ConvNd):
+        return int(layer.weight.shape[0]), int(layer.weight[0].numel())
+    sizes: Any = layer  # not the weight's shape: a quantized weight is packed
+    return int(sizes.out_features), int(sizes.in_features)
+
+
 class Factors(NamedTuple):
     """The trainable arrays of one adapter: U (d_out, r), W̃ (L, r, r), Vᵀ (r, d_in)."""
 
@@ -102,8 +125,12 @@ class Factors(NamedTuple):
     right: nn.Parameter
 
 
-class DeepLoraLayer(BaseTunerLayer):
-    """What every Deep LoRA layer holds, keyed by adapter name."""
+class DeepLoraLayer(nn.Module, BaseTunerLayer):
+    """A layer with Deep LoRA adapters beside it, each under its name.
+
+    A kind of layer is what it does with Vᵀ and B = U(core − ε^L·I): :meth:`project` and :meth:`lift`. Its weight counts as
+    an (out_features, in_features) matrix; ``in_features`` and ``out_features`` are those of this matrix.
+    """
 
     merged_adapters: list[str]
 
@@ -117,9 +144,23 @@ class DeepLoraLayer(BaseTunerLayer):
         "deeplora_direction_dropout",
     )
 
-    def __init__(self, base_layer: nn.Linear):
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        r: int,
+        *,
+        get_apply_tensor_subclass: Callable[[], type] | None = None,
+        **settings: Any,
+    ):
+        """``settings`` are those of :meth:`update_layer`; torchao's quantized weights need ``get_apply_tensor_subclass``."""
+        super().__init__()
         self.base_layer = base_layer
-        self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        base = self.get_base_layer()
+        self.quantization_backend = resolve_quantization_backend(
+            base, get_apply_tensor_subclass=get_apply_tensor_subclass
+        )
+        self.out_features, self.in_features = matrix_shape(base)
         self.r: dict[str, int] = {}
         self.init_scale: dict[str, float] = {}
         self.inner_depth: dict[str, int] = {}
@@ -131,6 +172,32 @@ class DeepLoraLayer(BaseTunerLayer):
         self.deeplora_inner = nn.ModuleDict()
         self._disable_adapters = False
         self.merged_adapters = []
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, **settings)
+
+    # -- what a kind of layer says --------------------------------------------------------------------------------
+
+    def project(self, x: Tensor, right: Float[Tensor, "r n"], adapter_name: str) -> Tensor:
+        """Vᵀx, for ``right`` = Vᵀ in the dtype to compute in; dropout of the input included."""
+        raise NotImplementedError
+
+    def lift(self, projected: Tensor, B: Float[Tensor, "m r"]) -> Tensor:
+        """B·projected, in the shape of the base layer's output."""
+        raise NotImplementedError
+
+    def add_gradient(self, gradient: "WeightGradient", delta: Tensor, x: Tensor) -> None:
+        """Add the gradient of the weight, as a matrix, from those of the output (``delta``) and the input ``x``."""
+        raise NotImplementedError
+
+    def in_layout(self, delta: Float[Tensor, "m n"]) -> Tensor:
+        """A matrix as the base layer stores its weight."""
+        return delta
+
+    def frames_fit(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+        """V as this layer can have it."""
+        return right
+
+    # -- adapters ---------------------------------------------------------------------------------------------------
 
     def update_layer(
         self,
@@ -180,7 +247,7 @@ class DeepLoraLayer(BaseTunerLayer):
         factors = self.factors(adapter_name)
         zero_left = self.zero_left[adapter_name]
         factors.left.copy_(torch.zeros_like(left) if zero_left else left)
-        factors.right.copy_(right.mT)
+        factors.right.copy_(self.frames_fit(right).mT)
         factors.inner.copy_(identity_factors(depth, r, 1.0 if zero_left else self.init_scale[adapter_name]))
 
     @torch.no_grad()
@@ -218,88 +285,66 @@ class DeepLoraLayer(BaseTunerLayer):
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         return True
 
+    # -- forward ----------------------------------------------------------------------------------------------------
 
-class DeepLoraLinear(nn.Module, DeepLoraLayer):
-    """``nn.Linear`` with Deep LoRA adapters beside it."""
-
-    def __init__(
-        self,
-        base_layer: nn.Linear,
-        adapter_name: str,
-        r: int,
-        *,
-        inner_depth: int,
-        init_scale: float,
-        zero_left: bool = False,
-        dropout: float = 0.0,
-        direction_dropout: float = 0.0,
-        init_weights: bool = True,
-        fan_in_fan_out: bool = False,
-        inference_mode: bool = False,
-    ):
-        super().__init__()
-        DeepLoraLayer.__init__(self, base_layer)
-        self.fan_in_fan_out = fan_in_fan_out
-        self._active_adapter = adapter_name
-        self.update_layer(
-            adapter_name,
-            r,
-            inner_depth=inner_depth,
-            init_scale=init_scale,
-            zero_left=zero_left,
-            dropout=dropout,
-            direction_dropout=direction_dropout,
-            init_weights=init_weights,
-            inference_mode=inference_mode,
-        )
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.pop("adapter_names", None) is not None:
-            raise ValueError(MIXED_BATCHES)
-        if self.disable_adapters:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        if self.merged:
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         if x.dtype == torch.float32 and torch.is_autocast_enabled(x.device.type):
             # Autocast would cast the input once for the base layer and again for Vᵀx: cast it once, here.
             x = x.to(torch.get_autocast_dtype(x.device.type))
         result = self.base_layer(x, *args, **kwargs)
+        if self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        if adapter_names is not None:
+            return self._add_updates_by_row(result, x, adapter_names)
         for adapter_name in self.active_adapters:
             if adapter_name in self.deeplora_left:
-                result = self._add_update(result, x, adapter_name)
+                result = self.add_update(result, x, adapter_name)
         return result
 
-    def _add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
-        # The factors follow the activations' dtype, not the other way round: casting r×d beats copying tokens×d.
-        dtype = result.dtype
-        x = self.deeplora_dropout[adapter_name](x if x.dtype == dtype else x.to(dtype))
-        projected = nn.functional.linear(x, self.factors(adapter_name).right.to(dtype))
-        projected = self.deeplora_direction_dropout[adapter_name](projected)
-        B = self.scaled_left(adapter_name).to(dtype)
-        rows = projected.flatten(0, -2) if projected.ndim > 1 else projected.unsqueeze(0)
-        flat = result.reshape(rows.shape[0], result.shape[-1])  # not −1: the batch may be empty
-        if self._owns_output(flat):
-            # multiply and add in one pass, into the array the base layer has just made
-            return flat.addmm_(rows, B.mT).view(result.shape)
-        return torch.addmm(flat, rows, B.mT).view(result.shape)
+    def add_update(self, result: Tensor, x: Tensor, adapter_name: str) -> Tensor:
+        """The base layer's output plus the adapter's, in a new tensor."""
+        return result + self.update_of(x, adapter_name, result.dtype)
 
-    def _owns_output(self, flat: Tensor) -> bool:
-        """Whether nobody else can hold the base output: a plain nn.Linear, unhooked, whose gradient ignores it."""
-        base = self.base_layer
-        hooked = base._forward_hooks or nn.modules.module._global_forward_hooks or "forward" in base.__dict__
-        return type(base) is nn.Linear and not hooked and not (flat.requires_grad and flat.is_leaf)
+    def update_of(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        """U(core − ε^L·I)Vᵀx."""
+        projected = self.projected(x, adapter_name, dtype)
+        return self.lift(projected, self.scaled_left(adapter_name).to(dtype))
 
-    def get_delta_weight(self, adapter_name: str) -> Float[Tensor, "m n"]:
+    def projected(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        """Vᵀx, some of its directions hidden in training. The factors follow the activations' dtype, not the other way
+        round: casting r × d beats copying tokens × d."""
+        x = x if not x.is_floating_point() or x.dtype == dtype else x.to(dtype)
+        projected = self.project(x, self.factors(adapter_name).right.to(dtype), adapter_name)
+        return self.deeplora_direction_dropout[adapter_name](projected)
+
+    def _add_updates_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
+        """Each row of the batch with its own adapter, or none (``"__base__"``)."""
+        if len(adapter_names) != len(x):
+            raise ValueError(
+                f"adapter_names must have one name for each of the {len(x)} rows of the batch, got {len(adapter_names)}"
+            )
+        result = result.clone()
+        for name in dict.fromkeys(adapter_names):
+            if name != _BASE and name in self.deeplora_left:
+                rows = torch.tensor([i for i, given in enumerate(adapter_names) if given == name], device=x.device)
+                result.index_add_(0, rows, self.update_of(x[rows], name, result.dtype))
+        return result
+
+    def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW = U(core − ε^L·I)Vᵀ, dense, in the layer's weight layout, in float32 or better."""
         B = self.scaled_left(adapter_name)
-        delta = B @ self.factors(adapter_name).right.to(B.dtype)
-        return delta.mT if self.fan_in_fan_out else delta
+        return self.in_layout(B @ self.factors(adapter_name).right.to(B.dtype))
+
+    # -- merging ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add the adapters' ΔW to the base weight; ``safe_merge`` refuses a non-finite result and leaves W₀ as it was."""
+        self._refuse_to_merge()
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.deeplora_left:
                 continue
@@ -322,6 +367,14 @@ class DeepLoraLinear(nn.Module, DeepLoraLayer):
             adapter_name = self.merged_adapters.pop()
             if adapter_name in self.deeplora_left:
                 self.set_base_weight(self._shifted_weight(adapter_name, -1))
+
+    def _refuse_to_merge(self) -> None:
+        backend = self.quantization_backend
+        if backend is not None and not backend.supports_merge:
+            raise ValueError(
+                f"weights quantized by {backend.backend_name} cannot be unpacked, so nothing can be merged into them; "
+                "export the adapter and merge it into an unquantized model, or keep it beside the quantized one"
+            )
 
     def _shifted_weight(self, adapter_name: str, sign: int) -> Tensor:
         weight = self.get_base_weight()

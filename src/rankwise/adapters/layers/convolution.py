@@ -1,0 +1,53 @@
+"""Deep LoRA beside a convolution: the kernel counts as an (out, in·height·width) matrix."""
+
+from typing import cast
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from rankwise.adapters.layers.base import DeepLoraLayer, DirectionDropout, WeightGradient
+
+PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+class DeepLoraConv(DeepLoraLayer):
+    """Vᵀ is r kernels of the base layer's size and stride, B a convolution of size 1 behind them."""
+
+    def _convolution(self) -> nn.Conv1d | nn.Conv2d | nn.Conv3d:
+        return cast(nn.Conv2d, self.get_base_layer())
+
+    def project(self, x: Tensor, right: Float[Tensor, "r n"], adapter_name: str) -> Tensor:
+        base = self._convolution()
+        kernels = right.view(-1, *base.weight.shape[1:])
+        return base._conv_forward(self.deeplora_dropout[adapter_name](x), kernels, None)
+
+    def projected(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
+        x = x if x.dtype == dtype else x.to(dtype)
+        projected = self.project(x, self.factors(adapter_name).right.to(dtype), adapter_name)
+        hidden = self.deeplora_direction_dropout[adapter_name]
+        if not isinstance(hidden, DirectionDropout):
+            return projected
+        channels = projected.ndim - self._dimensions() - 1
+        return hidden(projected.movedim(channels, -1)).movedim(-1, channels)
+
+    def lift(self, projected: Tensor, B: Float[Tensor, "m r"]) -> Tensor:
+        convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self._dimensions() - 1]
+        return convolve(projected, B.view(*B.shape, *[1] * self._dimensions()))
+
+    def add_gradient(self, gradient: WeightGradient, delta: Tensor, x: Tensor) -> None:
+        base = self._convolution()
+        kernels = torch.zeros_like(base.weight, dtype=delta.dtype, requires_grad=True)
+        with torch.enable_grad():
+            output = base._conv_forward(x.to(delta.dtype), kernels, None)
+        (found,) = torch.autograd.grad(output, kernels, delta)
+        gradient.add_matrix(found.flatten(1))
+
+    def in_layout(self, delta: Float[Tensor, "m n"]) -> Tensor:
+        return delta.view(self._convolution().weight.shape)
+
+    def _dimensions(self) -> int:
+        return self._convolution().weight.ndim - 2
+
+    def __repr__(self) -> str:
+        return "deeplora." + super().__repr__()
