@@ -1,4 +1,4 @@
-"""Export to a plain LoRA folder: ours against PEFT's conversion, on a BERT-base-sized adapter (72 layers, r = 8).
+"""Export to a plain LoRA folder, ours against PEFT's conversion, and back: a BERT-base-sized adapter (72 layers, r = 8).
 
     python benchmarks/export.py        # writes results/export.json
 
@@ -7,8 +7,10 @@ Both sides write the folder. The model is built from its config: export touches 
 
 import argparse
 import shutil
+import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -18,7 +20,7 @@ from transformers import BertConfig, BertModel
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.protocol import alternate, write_result
-from rankwise.adapters import DeepLoraConfig, save_as_lora
+from rankwise.adapters import DeepLoraConfig, deeplora_from_adapter, save_as_lora
 
 RANK = 8
 
@@ -45,13 +47,21 @@ def main() -> None:
 
     timing = alternate(ours, peer, options.pairs)
     layers = len(save_as_lora(model, folder / "count").layers)
+
+    def back() -> float:
+        shutil.rmtree(folder / "deep", ignore_errors=True)
+        start = time.perf_counter()
+        deeplora_from_adapter(folder / "count", folder / "deep")
+        return time.perf_counter() - start
+
+    from_lora = statistics.median(back() for _ in range(options.pairs))
     shutil.rmtree(folder)
     speed_up = 1 / timing["median_ratio"]
     print(f"{layers} layers: {timing['median_ours_seconds']:.3f} s, {speed_up:.0f} x faster than PEFT's conversion")
     write_result(
         "export",
         " ".join(["python", "benchmarks/export.py", *sys.argv[1:]]),
-        {"layers": layers, "rank": RANK, "speed_up": speed_up, **timing},
+        {"layers": layers, "rank": RANK, "speed_up": speed_up, "median_from_lora_seconds": from_lora, **timing},
     )
 
 

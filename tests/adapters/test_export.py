@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters import DeepLoraConfig, ExportSummary, export_adapter_folder, save_as_lora
 from rankwise.testing.adapter_contract import deeplora_layers, disturbed
@@ -317,7 +318,8 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no config": (_no_config, r"adapter_config\.json"),
     "bad json": (_bad_json, "JSON"),
     "config is a list": (_list_for_config, "only Deep LoRA"),
-    "another method": (_change(peft_type="LORA"), "LORA adapter; only Deep LoRA"),
+    "another method": (_change(peft_type="IA3"), "IA3 adapter; only Deep LoRA and LoRA"),
+    "said to be lora": (_change(peft_type="LORA"), "holds no LoRA factors"),
     "no method": (_change(peft_type=None), "only Deep LoRA"),
     "newer format": (_change(format_version=9), "upgrade rankwise"),
     "bad init_scale": (_change(init_scale=-1.0), "init_scale"),
@@ -490,3 +492,91 @@ def test_transformers_loads_the_export(tmp_path: Path) -> None:
     plain.load_adapter(str(tmp_path / "lora"))
     with torch.no_grad():
         torch.testing.assert_close(plain(**token_batch()).logits, model(**token_batch()).logits, rtol=1e-5, atol=1e-5)
+
+
+class Mixed(nn.Module):
+    """One layer of every kind that an adapter can stand beside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(40, 12, padding_idx=3)
+        self.lines = nn.Conv1d(12, 10, 3, padding=1, stride=2)
+        self.square = nn.Conv2d(1, 6, 3, padding=1)
+        self.transposed = Conv1D(8, 6)
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = torch.tanh(self.lines(self.words(ids).mT))
+        x = torch.tanh(self.square(x.unsqueeze(1))).mean((2, 3))
+        return self.head(torch.tanh(self.transposed(x)))
+
+
+def mixed(dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    return Mixed().to(dtype)
+
+
+@pytest.mark.parametrize("from_folder", [False, True])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to")  # of PEFT's LoRA, whose layers differ
+def test_every_kind_of_layer_keeps_its_update(tmp_path: Path, from_folder: bool) -> None:
+    model = trained(mixed(), target_modules=["words", "lines", "square", "transposed"])
+    if from_folder:
+        model.save_pretrained(tmp_path / "deep")
+        export_adapter_folder(tmp_path / "deep", tmp_path / "lora")
+    else:
+        save_as_lora(model, tmp_path / "lora")
+    lora = load(tmp_path / "lora", mixed()).eval()
+    wanted, found = deltas(model), deltas(lora)
+    assert wanted.keys() == found.keys() == {"words", "lines", "square", "transposed"}
+    for name, delta in wanted.items():
+        assert relative_difference(found[name].reshape(delta.shape), delta) < 1e-10, name
+    ids = torch.randint(0, 40, (5, 9), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(lora(ids), model(ids))
+
+
+def test_a_convolution_that_lora_would_get_wrong_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, dilation=2, padding_mode="circular", padding=2))
+    deep = trained(model, target_modules=["0"])
+    with pytest.raises(ValueError, match=r"0 is a convolution with dilation \(2, 2\) and padding 'circular'.*merge"):
+        save_as_lora(deep, tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+    ],
+    ids=["dora", "bias", "tokens"],
+)
+def test_a_lora_that_is_more_than_two_factors_is_refused(
+    tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    tokens = "trainable_token_indices" in settings
+    model = mixed() if tokens else mlp()
+    if tokens:
+        settings = {"trainable_token_indices": {"words": [1]}}
+    lora = get_peft_model(model, LoraConfig(r=4, target_modules=["head"], **settings))
+    lora.save_pretrained(tmp_path / "lora")
+    with pytest.raises(ValueError, match=message):
+        export_adapter_folder(tmp_path / "lora", tmp_path / "small")
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"alpha_pattern": {"lin1": 3}}], ids=str)
+def test_a_lora_folder_is_resized(tmp_path: Path, options: dict[str, Any]) -> None:
+    config = LoraConfig(
+        r=6, lora_alpha=11, target_modules=TARGETS, init_lora_weights=False, rank_pattern={"lin1": 5}, **options
+    )
+    lora = get_peft_model(mlp(torch.float64), config)
+    lora.save_pretrained(tmp_path / "lora")
+    wanted = deltas(lora)
+    same = export_adapter_folder(tmp_path / "lora", tmp_path / "same")
+    assert {layer.name: layer.rank for layer in same.layers} == {"lin0": 6, "lin1": 5}
+    for name, delta in deltas(load(tmp_path / "same", mlp(torch.float64))).items():
+        assert relative_difference(delta, wanted[name]) < 1e-10
+    export_adapter_folder(tmp_path / "lora", tmp_path / "small", rank=2)
+    for name, delta in deltas(load(tmp_path / "small", mlp(torch.float64))).items():
+        U, S, Vh = torch.linalg.svd(wanted[name])
+        assert relative_difference(delta, (U[:, :2] * S[:2]) @ Vh[:2]) < 1e-10

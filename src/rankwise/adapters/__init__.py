@@ -24,6 +24,7 @@ from rankwise.adapters.optimizer import create_deeplora_optimizer, deeplora_para
 from rankwise.adapters.registration import DeepLoraPeftType, register_with_peft
 from rankwise.adapters.tangent import RidgeFit, RidgeSummary, solve_deeplora_weights
 from rankwise.adapters.tuner import DeepLoraModel
+from rankwise.adapters.warm_start import deeplora_from_adapter
 
 register_with_peft(DeepLoraConfig, DeepLoraModel)
 
@@ -42,6 +43,7 @@ __all__ = [
     "RidgeFit",
     "RidgeSummary",
     "create_deeplora_optimizer",
+    "deeplora_from_adapter",
     "deeplora_param_groups",
     "export_adapter_folder",
     "initialize_deeplora_weights",

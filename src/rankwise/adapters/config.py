@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from peft import PeftConfig
 
@@ -76,6 +77,10 @@ class DeepLoraConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={"help": "True starts as an exact no-op; False draws random inner factors, for tests."},
+    )
+    layouts: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"help": "What the adapted layers that are not linear look like; noted when they are adapted."},
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved layout."})
 

@@ -1,14 +1,12 @@
-"""Deep LoRA → a plain LoRA adapter folder, exact in O(d·r²) a layer.
+"""Deep LoRA, or LoRA, → a plain LoRA adapter folder, exact in O(d·r²) a layer.
 
 ΔW = B·A with B = U(core − ε^L·I) and A = Vᵀ is a LoRA pair already. A QR of each side and an r×r SVD then give the
 singular values of ΔW without forming it, and the truncated pair B = U_k·√S, A = √S·V_kᵀ.
 """
 
-import json
 import logging
 import os
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,15 @@ import torch
 from jaxtyping import Float
 from peft import LoraConfig, PeftModel
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.config import DeepLoraConfig
-from rankwise.adapters.layers import DeepLoraLayer, scaled_left, stored_scale
+from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.saved_updates import PREFIX, SavedAdapter, Update, read_adapter_folder, updates_of
 from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.spectral import numerical_rank, rank_for_energy
-from rankwise.spectral.precision import compute_dtype, require_finite
 
 logger = logging.getLogger(__name__)
-
-_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -117,7 +112,7 @@ def save_as_lora(
     if config.task_type is None and config.auto_mapping is None and isinstance(model, PeftModel):
         base = type(model.get_base_model())  # as PeftModel.save_pretrained notes it, for AutoPeftModel
         config = replace(config, auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
-    return _export(state, config, Path(path), rank, energy, tol, dtype)
+    return _export(updates_of(state, config), Path(path), rank, energy, tol, dtype)
 
 
 def export_adapter_folder(
@@ -129,34 +124,14 @@ def export_adapter_folder(
     tol: float | None = None,
     dtype: torch.dtype | None = None,
 ) -> ExportSummary:
-    """:func:`save_as_lora` for a saved Deep LoRA folder; the base model is not needed.
+    """:func:`save_as_lora` for a saved folder, Deep LoRA or LoRA; the base model is not needed.
+
+    Of a LoRA adapter it is the same update at the rank asked for: r, α and its patterns are written anew.
 
     Raises:
         ValueError: the folder is missing, incomplete, cut short, or holds another kind of adapter.
     """
-    folder = Path(source)
-    config_file, weights_file = folder / CONFIG_NAME, folder / SAFETENSORS_WEIGHTS_NAME
-    for file in (config_file, weights_file):
-        if not file.is_file():
-            raise ValueError(f"{folder} is no saved adapter: it has no {file.name}")
-    try:
-        saved = json.loads(config_file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config_file} is not valid JSON ({error})") from error
-    kind = saved.get("peft_type") if isinstance(saved, dict) else None
-    if kind != "DEEPLORA":
-        raise ValueError(
-            f"{folder} holds a {kind or 'nameless'} adapter; only Deep LoRA adapters can be exported to LoRA"
-        )
-    try:
-        config = DeepLoraConfig(
-            **{key: value for key, value in saved.items() if key in DeepLoraConfig.__dataclass_fields__}
-        )
-        with safe_open(weights_file, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError, TypeError) as error:
-        raise ValueError(f"cannot read the adapter in {folder}: {error}; it may be cut short, save it again") from error
-    return _export(tensors, config, Path(path), rank, energy, tol, dtype)
+    return _export(read_adapter_folder(Path(source)), Path(path), rank, energy, tol, dtype)
 
 
 def truncated_pair(
@@ -169,68 +144,72 @@ def truncated_pair(
     return Qb @ U, S, Vh @ Qa.mT
 
 
+def truncated(
+    update: Update, rank: int | None, energy: float | None, tol: float | None
+) -> tuple[Float[Tensor, "m k"], Float[Tensor, " r"], Float[Tensor, "k n"]]:
+    """The SVD of an update: the directions to keep, and all singular values."""
+    U, S, Vh = truncated_pair(update.B, update.A)
+    kept = _rank_to_keep(S, (update.B.shape[0], update.A.shape[1]), rank, energy, tol)
+    return U[:, :kept], S, Vh[:kept]
+
+
 def _export(
-    state: Mapping[str, Tensor],
-    config: DeepLoraConfig,
+    adapter: SavedAdapter,
     path: Path,
     rank: int | None,
     energy: float | None,
     tol: float | None,
     dtype: torch.dtype | None,
 ) -> ExportSummary:
-    _check_cutoff(rank, energy, tol)
-    factors, others = _split(state)
-    if not factors:
-        raise ValueError("the adapter holds no Deep LoRA factors: was it saved from the right model?")
+    check_cutoff(rank, energy, tol)
     tensors: dict[str, Tensor] = {}
     layers: list[LayerExport] = []
-    for name, (left, inner, right) in factors.items():
-        stored = compute_dtype(inner.dtype)
-        scale = stored_scale(config.init_scale, config.zero_left)
-        B, A = scaled_left(left.detach(), inner.detach(), scale), right.detach().to(stored)
-        require_finite(B, f"the adapter of {name}")
-        require_finite(A, f"the adapter of {name}")
-        U, S, Vh = truncated_pair(B, A)
-        kept = _rank_to_keep(S, (left.shape[0], right.shape[1]), rank, energy, tol)
-        layers.append(LayerExport(name, inner.shape[-1], kept, S.tolist()))
+    for name, update in adapter.updates.items():
+        _require_exportable(name, update)
+        U, S, Vh = truncated(update, rank, energy, tol)
+        kept = U.shape[1]
+        layers.append(LayerExport(name, update.width, kept, S.tolist()))
         if kept:
             root = S[:kept].sqrt()
-            tensors[f"{_PREFIX}{name}.lora_A.weight"] = (root[:, None] * Vh[:kept]).to(dtype or right.dtype)
-            tensors[f"{_PREFIX}{name}.lora_B.weight"] = (U[:, :kept] * root).to(dtype or left.dtype)
-    if not tensors:
-        tensors = _empty_pair(next(iter(factors.items())), dtype)
-    tensors |= others
+            tensors |= _lora_pair(name, update, U * root, root[:, None] * Vh, dtype)
+    if not tensors:  # a LoRA folder without any layer cannot be loaded
+        name, update = next(iter(adapter.updates.items()))
+        tensors = _lora_pair(name, update, update.B[:, :1] * 0, update.A[:1] * 0, dtype)
+    tensors |= adapter.others
     kept_ranks = {layer.name: layer.rank for layer in layers if layer.rank} or {layers[0].name: 1}
-    lora = _lora_config(config, kept_ranks, [layer.name for layer in layers if layer.name not in kept_ranks])
+    left_out = [layer.name for layer in layers if layer.name not in kept_ranks]
+    lora = _lora_config(adapter.config, kept_ranks, left_out)
     with replacing_folder(path) as folder:
         save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, kind="lora")
         write_json(folder / CONFIG_NAME, lora)
-    summary = ExportSummary(path, layers, _bytes(state), _bytes(tensors))
+    summary = ExportSummary(path, layers, adapter.bytes, sum(value.nbytes for value in tensors.values()))
     logger.info("%s", summary)
     return summary
 
 
-def _split(state: Mapping[str, Tensor]) -> tuple[dict[str, tuple[Tensor, Tensor, Tensor]], dict[str, Tensor]]:
-    """(left, inner, right) by layer name, and everything else (heads, biases) under its own key."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    others: dict[str, Tensor] = {}
-    for key, value in state.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.*)\.deeplora_(left|inner|right)\.weight", key)
-        if match:
-            parts.setdefault(match[1], {})[match[2]] = value
-        else:
-            others[key if key.startswith(_PREFIX) else _PREFIX + key] = value
-    for name, part in parts.items():
-        if len(part) < 3:
-            raise ValueError(f"the adapter of {name} lacks some of its factors; save it again")
-        width = part["inner"].shape[-1]
-        shapes = [tuple(part[side].shape) for side in ("left", "inner", "right")]
-        if [len(shape) for shape in shapes] != [2, 3, 2] or {shapes[0][1], shapes[1][1], shapes[2][0]} != {width}:
-            raise ValueError(f"the factors of {name} do not fit each other (shapes {shapes}); save the adapter again")
-    return {name: (part["left"], part["inner"], part["right"]) for name, part in parts.items()}, others
+def _lora_pair(name: str, update: Update, B: Tensor, A: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """One layer's tensors under PEFT's names, in the shapes that its kind of layer has there."""
+    of_left, of_right = update.dtypes
+    B, A = B.to(dtype or of_left), A.to(dtype or of_right)
+    kind = update.layout.get("kind")
+    if kind == "embedding":
+        return {f"{PREFIX}{name}.lora_embedding_A": A, f"{PREFIX}{name}.lora_embedding_B": B}
+    if kind == "convolution":
+        kernel = update.layout["kernel"]
+        A, B = A.reshape(len(A), *kernel), B.reshape(*B.shape, *[1] * (len(kernel) - 1))
+    return {f"{PREFIX}{name}.lora_A.weight": A, f"{PREFIX}{name}.lora_B.weight": B}
 
 
-def _check_cutoff(rank: int | None, energy: float | None, tol: float | None) -> None:
+def _require_exportable(name: str, update: Update) -> None:
+    reason = update.layout.get("not_in_lora")
+    if reason:
+        raise ValueError(
+            f"{name} is a convolution with {reason}, which PEFT's LoRA for convolutions leaves out; merge the adapter "
+            "(merge_and_unload) instead, or leave this layer out with exclude_modules"
+        )
+
+
+def check_cutoff(rank: int | None, energy: float | None, tol: float | None) -> None:
     if sum(option is not None for option in (rank, energy, tol)) > 1:
         raise ValueError("give at most one of rank, energy and tol")
     if rank is not None and rank < 1:
@@ -252,16 +231,7 @@ def _rank_to_keep(S: Tensor, shape: tuple[int, int], rank: int | None, energy: f
     return numerical
 
 
-def _empty_pair(first: tuple[str, tuple[Tensor, Tensor, Tensor]], dtype: torch.dtype | None) -> dict[str, Tensor]:
-    """A zero pair for one layer: a LoRA folder without any layer cannot be loaded."""
-    name, (left, _, right) = first
-    return {
-        f"{_PREFIX}{name}.lora_A.weight": torch.zeros(1, right.shape[1], dtype=dtype or right.dtype),
-        f"{_PREFIX}{name}.lora_B.weight": torch.zeros(left.shape[0], 1, dtype=dtype or left.dtype),
-    }
-
-
-def _lora_config(config: DeepLoraConfig, ranks: dict[str, int], left_out: list[str]) -> dict[str, Any]:
+def _lora_config(config: DeepLoraConfig | LoraConfig, ranks: dict[str, int], left_out: list[str]) -> dict[str, Any]:
     """adapter_config.json of the exported adapter, as LoraConfig itself writes it."""
     largest = max(ranks.values())
     # ^ and escaped dots: PEFT reads these keys as regular expressions that may match the end of a longer name.
@@ -287,7 +257,3 @@ def _lora_config(config: DeepLoraConfig, ranks: dict[str, int], left_out: list[s
     content = lora.to_dict()
     content["target_modules"] = sorted(ranks)
     return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
-
-
-def _bytes(tensors: Mapping[str, Tensor]) -> int:
-    return sum(value.numel() * value.element_size() for value in tensors.values())

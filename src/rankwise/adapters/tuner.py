@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
+from rankwise.adapters.combination import check_combination, combined_config, combined_update
 from rankwise.adapters.config import DeepLoraConfig
-from rankwise.adapters.layers import DeepLoraLayer, adapted_layer, matrix_shape
+from rankwise.adapters.layers import DeepLoraLayer, adapted_layer, layout, matrix_shape
 from rankwise.adapters.registration import PREFIX
 
 logger = logging.getLogger(__name__)
@@ -60,6 +62,45 @@ class DeepLoraModel(BaseTuner):
         else:
             patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(excluded or ())]
         peft_config.exclude_modules = "|".join(patterns)
+
+    @torch.no_grad()
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "cat",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose update is Σ wᵢΔWᵢ of others; PEFT's LoRA has a method of this name.
+
+        Args:
+            adapters: names of adapters of this model.
+            weights: one for each; negative ones subtract.
+            adapter_name: of the new adapter. It is not active yet: ``set_adapter`` makes it so.
+            combination_type: "cat" is exact, up to rounding, and takes the rank that the sum has; "svd" the best
+                approximation of rank ``svd_rank``.
+            svd_rank: of "svd".
+
+        Raises:
+            ValueError: an unknown or taken name, another combination type, merged adapters, trained biases, or modules to
+                save that several adapters have.
+        """
+        check_combination(self.model, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank)
+        layers = {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, DeepLoraLayer) and any(adapter in module.r for adapter in adapters)
+        }
+        updates = {name: combined_update(layer, adapters, weights, svd_rank) for name, layer in layers.items()}
+        configs = [self.peft_config[name] for name in adapters]
+        layouts = {name: found for name, layer in layers.items() if (found := layout(layer.get_base_layer()))}
+        widths = {name: len(values) for name, (_, values, _) in updates.items()}
+        self.peft_config[adapter_name] = combined_config(configs, widths, layouts)
+        self.inject_adapter(self.model, adapter_name)
+        for name, layer in layers.items():
+            layer.set_update(adapter_name, *updates[name])
+        self.set_requires_grad(adapter_name, requires_grad=False)
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -122,8 +163,10 @@ class DeepLoraModel(BaseTuner):
             logger.warning(
                 "fan_in_fan_out=True does not fit %s, which stores (out, in) weights; the layer decides", current_key
             )
-        # what PEFT's LoRA wants to know of an exported adapter
+        # what an export wants to know
         peft_config.fan_in_fan_out = isinstance(layer, Conv1D)
+        if found := layout(layer):
+            peft_config.layouts[current_key] = found
         settings: dict[str, Any] = {
             "inner_depth": peft_config.inner_depth,
             "init_scale": peft_config.init_scale,

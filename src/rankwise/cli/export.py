@@ -7,14 +7,17 @@ import typer
 from rankwise.errors import UserError
 
 _HELP = """
-Turn a saved Deep LoRA adapter into a plain LoRA that every LoRA runtime loads.
+Turn a saved adapter into a plain LoRA that every LoRA runtime loads, or into a Deep LoRA to go on with; resize either.
 
-By default each layer keeps its numerical rank, which changes the update by rounding only; layers of rank 0 are left out.
+By default each layer keeps its numerical rank, which changes the update by rounding only. The base model is not needed.
 
 [bold]Example[/bold]
 
   rankwise export runs/deep/adapter --out lora --energy 0.99
+
+  rankwise export somebody/lora --to deep-lora --out start --rank 8
 """
+_KINDS = {"DEEPLORA": "deep-lora", "LORA": "lora"}
 
 
 def register(app: typer.Typer) -> None:
@@ -23,17 +26,43 @@ def register(app: typer.Typer) -> None:
 
 def export(
     adapter: Annotated[str, typer.Argument(help="Folder of the saved adapter.")],
-    out: Annotated[str, typer.Option(help="Folder to create for the LoRA adapter.")],
+    out: Annotated[str, typer.Option(help="Folder to create.")],
+    to: Annotated[str, typer.Option("--to", help="lora or deep-lora.")] = "lora",
+    source: Annotated[
+        str | None, typer.Option("--from", help="lora or deep-lora: refuse a folder of another kind.")
+    ] = None,
     rank: Annotated[int | None, typer.Option(help="Keep at most this many directions a layer.")] = None,
     energy: Annotated[float | None, typer.Option(help="Keep this share of every layer's energy, in (0, 1].")] = None,
     tol: Annotated[float | None, typer.Option(help="Drop singular values below tol times the largest.")] = None,
+    r: Annotated[int | None, typer.Option("--r", "-r", help="Width of a Deep LoRA; the rank kept otherwise.")] = None,
+    inner_depth: Annotated[int | None, typer.Option(help="Inner factors of a Deep LoRA (3).")] = None,
 ) -> None:
+    for option, kind in (("--to", to), ("--from", source)):
+        if kind not in (None, *_KINDS.values()):
+            raise UserError(f"{option} must be lora or deep-lora, got {kind!r}")
+    if to == "lora" and (r is not None or inner_depth is not None):
+        raise UserError("--r and --inner-depth go with --to deep-lora; a LoRA's rank is --rank")
     try:
-        from rankwise.adapters import export_adapter_folder
+        from rankwise.adapters import deeplora_from_adapter, export_adapter_folder
+        from rankwise.adapters.saved_updates import kind_of
     except ImportError as error:
         raise UserError(f"export needs more packages: {error}") from None
     try:
-        summary = export_adapter_folder(adapter, out, rank=rank, energy=energy, tol=tol)
+        found = _KINDS[kind_of(adapter)]
+        if source not in (None, found):
+            raise UserError(f"{adapter} holds a {found} adapter, not {source} as --from says")
+        if to == "lora":
+            summary = export_adapter_folder(adapter, out, rank=rank, energy=energy, tol=tol)
+        else:
+            summary = deeplora_from_adapter(
+                adapter,
+                out,
+                rank=rank,
+                energy=energy,
+                tol=tol,
+                r=r,
+                inner_depth=3 if inner_depth is None else inner_depth,
+            )
     except ValueError as error:
         raise UserError(str(error)) from None
     typer.echo(str(summary))

@@ -1,5 +1,7 @@
 """The layers that Deep LoRA can stand beside, and which of them fits a given one."""
 
+from typing import Any
+
 from peft.utils.quantization_utils import resolve_quantization_backend
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -17,6 +19,7 @@ __all__ = [
     "DeepLoraLayer",
     "DeepLoraLinear",
     "adapted_layer",
+    "layout",
     "matrix_shape",
     "scaled_left",
     "stored_scale",
@@ -67,3 +70,21 @@ def adapted_layer(layer: nn.Module, name: str) -> type[DeepLoraLayer]:
         f"Deep LoRA adapts linear layers, embeddings and convolutions; {name} is a {type(layer).__name__}. "
         "Name other layers in target_modules, or leave this one out with exclude_modules"
     )
+
+
+def layout(layer: nn.Module) -> dict[str, Any]:
+    """What is needed beside the matrix to write a layer's update for others: nothing ({}) for a linear one."""
+    if isinstance(layer, nn.Embedding):
+        return {"kind": "embedding", "padding_idx": layer.padding_idx}
+    if not isinstance(layer, _ConvNd):
+        return {}
+    left_out = [
+        what
+        for what, used in (
+            (f"dilation {layer.dilation}", any(step != 1 for step in layer.dilation)),
+            (f"padding {layer.padding_mode!r}", layer.padding_mode != "zeros"),
+        )
+        if used
+    ]
+    kernel = list(layer.weight.shape[1:])
+    return {"kind": "convolution", "kernel": kernel, "not_in_lora": " and ".join(left_out) or None}

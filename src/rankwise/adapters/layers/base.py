@@ -193,7 +193,11 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         """A matrix as the base layer stores its weight."""
         return delta
 
-    def frames_fit(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    def without_ignored(self, right: Float[Tensor, "r n"]) -> Float[Tensor, "r n"]:
+        """Vᵀ without what this layer ignores of it."""
+        return right
+
+    def fitting_frame(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
         """V as this layer can have it."""
         return right
 
@@ -221,6 +225,8 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self.deeplora_direction_dropout[adapter_name] = (
             DirectionDropout(direction_dropout) if direction_dropout else nn.Identity()
         )
+        for dropout_layers in (self.deeplora_dropout, self.deeplora_direction_dropout):
+            dropout_layers[adapter_name].train(self.training)  # new modules train, whatever the layer beside them does
         self.deeplora_left[adapter_name] = Factor(self.out_features, r)
         self.deeplora_right[adapter_name] = Factor(r, self.in_features)
         self.deeplora_inner[adapter_name] = Factor(inner_depth, r, r)
@@ -247,7 +253,7 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         factors = self.factors(adapter_name)
         zero_left = self.zero_left[adapter_name]
         factors.left.copy_(torch.zeros_like(left) if zero_left else left)
-        factors.right.copy_(self.frames_fit(right).mT)
+        factors.right.copy_(self.fitting_frame(right).mT)
         factors.inner.copy_(identity_factors(depth, r, 1.0 if zero_left else self.init_scale[adapter_name]))
 
     @torch.no_grad()
@@ -268,6 +274,8 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         start = self.init_scale[adapter_name]
         core = torch.full((r,), start**depth, dtype=compute_dtype(factors.inner.dtype))
         core[: len(singular_values)] += singular_values.to(core)
+        if self.zero_left[adapter_name]:  # a direction without an update starts as in a new adapter
+            core[len(singular_values) :] = 1
         factors.left[:, : left.shape[1]].copy_(left)
         factors.right[: right.shape[1]].copy_(right.mT)
         factors.inner.copy_(torch.diag(core ** (1 / depth)).expand(depth, r, r))

@@ -42,12 +42,7 @@ class DeepLoraEmbedding(DeepLoraLayer):
         return cast(nn.Embedding, self.get_base_layer())
 
     def project(self, x: Tensor, right: Float[Tensor, "r n"], adapter_name: str) -> Tensor:
-        base = self._table()
-        if base.padding_idx is not None:
-            known = torch.ones_like(right[:1])
-            known[:, base.padding_idx] = 0
-            right = right * known
-        projected = _Columns.apply(right, x, base.sparse)
+        projected = _Columns.apply(self.without_ignored(right), x, self._table().sparse)
         # dropout of a token's input, which is 1 at its place and 0 elsewhere, leaves out the token's update
         kept = self.deeplora_dropout[adapter_name](projected.new_ones(*x.shape, 1))
         return projected * kept
@@ -69,13 +64,17 @@ class DeepLoraEmbedding(DeepLoraLayer):
         gradient.add_matrix(matrix.index_add_(1, index, delta.mT))
 
     def in_layout(self, delta: Float[Tensor, "m n"]) -> Tensor:
-        padding = self._table().padding_idx
-        if padding is not None:
-            delta = delta.clone()
-            delta[:, padding] = 0
-        return delta.mT
+        return self.without_ignored(delta).mT
 
-    def frames_fit(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
+    def without_ignored(self, right: Float[Tensor, "r n"]) -> Float[Tensor, "r n"]:
+        padding = self._table().padding_idx
+        if padding is None:
+            return right
+        known = torch.ones_like(right[:1])
+        known[:, padding] = 0
+        return right * known
+
+    def fitting_frame(self, right: Float[Tensor, "n r"]) -> Float[Tensor, "n r"]:
         """Nothing for the padding token, so that what is exported means the same."""
         padding = self._table().padding_idx
         if padding is None:
