@@ -25,7 +25,7 @@ Array = NDArray[np.floating]
 Callback = Callable[[dict[str, Any]], None]
 
 _IRRELEVANT = 1e-4  # a direction whose part of an entry has less than this much of the noise's variance is dropped
-_CLOSER = 0.4
+_CLOSER, _CERTAIN = 0.4, 2
 _UNTOLD = (
     0.5  # a direction whose mean is less than this much of its spread is on its way to zero, by ever smaller steps
 )
@@ -47,6 +47,7 @@ class Posterior:
         row_prior: (1 + k,) prior precisions of (b, f).
         column_prior: (1 + k,) prior precisions of (c, g).
         noise: σ, standard deviation of the noise.
+        squares: Σ E(y − ŷ)² over the entries.
         converged: whether the noise level had settled.
         history: one entry a sweep.
     """
@@ -59,6 +60,7 @@ class Posterior:
     row_prior: Array
     column_prior: Array
     noise: float
+    squares: float
     converged: bool
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -84,6 +86,9 @@ def posterior_around(
     rows, columns = intercepts.rows[:, None], intercepts.columns[:, None]
     row_power = np.maximum(_Rows(observations).mean_squares(np.hstack([rows, left])), nothing)
     column_power = np.maximum(_mean_squares(np.hstack([columns, right])), nothing)
+    # an intercept shrunk to nothing may still be as large as the entries of a row leave open: from 0 it would never rise
+    for power, lines in ((row_power, observations.whole_shape[0]), (column_power, width)):
+        power[0] = max(power[0], noise**2 * lines / observations.count)
     told = np.concatenate([[1.0], row_power[1:]])  # by one observation, about each coordinate of a column
     spread = 1 / (observations.column_counts[:, None] * told / noise**2 + 1 / column_power)
     covariances = np.zeros((width, 1 + k, 1 + k), dtype)
@@ -102,6 +107,7 @@ def posterior_around(
         row_prior,
         column_prior,
         noise,
+        observations.count * noise**2,
         False,
     )
 
@@ -169,9 +175,9 @@ def fit_evidence(
         uncertainty = noise * ((M.shape[1] - 1) * sum(observations.whole_shape) / observations.count) ** 0.5
         turned = _turn(M_before, M, row_power) / max(uncertainty, float(np.finfo(np.float64).tiny))
         change = abs(precision - before) / precision
-        # mean over spread, rows and columns together: above 1 the entries tell more than they leave open
+        # mean over spread, rows and columns together
         told = np.sqrt(row_power * column_power / np.maximum(row_variance * column_variance, _TINY))[1:]
-        limit = tolerance if (told > 1).all() else _CLOSER * tolerance
+        limit = tolerance if (told > _CERTAIN).all() else _CLOSER * tolerance
         converged = bool(turned < limit and change < limit)
         kept = np.ones(M.shape[1], bool)
         if change < _SETTLED:  # before, a weak direction may only wait for the noise to be seen as less
@@ -199,9 +205,31 @@ def fit_evidence(
         row_prior,
         column_prior,
         precision**-0.5,
+        float(squares.sum()),
         converged,
         history,
     )
+
+
+def log_evidence(posterior: Posterior, observations: Observations) -> float:
+    """The lower bound of log p(y) that the sweeps climb: which of two posteriors explains the entries better.
+
+    E log p(y | f, g) − KL(rows) − KL(columns), the priors' precisions and the noise being those of the posterior.
+    """
+    sides = (
+        (posterior.row_means, posterior.row_covariances, posterior.row_prior, observations.collective.total),
+        (posterior.column_means, posterior.column_covariances, posterior.column_prior, float),
+    )
+    bound = -0.5 * observations.count * np.log(2 * np.pi * posterior.noise**2)
+    bound -= 0.5 * posterior.squares / posterior.noise**2
+    for means, covariances, prior, total in sides:
+        weights = prior.astype(np.float64)
+        second = np.einsum("ia,a->", np.square(means, dtype=np.float64), weights)
+        second += np.einsum("iaa,a->", covariances, weights, dtype=np.float64)
+        _, volumes = np.linalg.slogdet(covariances.astype(np.float64))
+        free = float(volumes.sum() + means.size - second) + len(means) * float(np.log(weights).sum())
+        bound += 0.5 * total(free)
+    return float(bound)
 
 
 def _rounding(observations: Observations) -> float:

@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from rankwise.completion import kernels
 from rankwise.completion.balanced import Balanced, balanced
 from rankwise.completion.collective import Collective
-from rankwise.completion.evidence import Posterior, fit_evidence, noise_behind, posterior_around
+from rankwise.completion.evidence import Posterior, fit_evidence, log_evidence, noise_behind, posterior_around
 from rankwise.completion.gradient_descent import GradientDescentStep, gradient_descent
 from rankwise.completion.intercepts import Intercepts, fit_intercepts
 from rankwise.completion.observations import Observations
 from rankwise.completion.options import SolverOptions
 from rankwise.completion.solution import FoldIn, Solution
+from rankwise.completion.sparse_svd import leading_triplets
 from rankwise.completion.weight_decay_path import PathEnd, follow_weight_decay
 from rankwise.errors import UserError
 from rankwise.spectral import numerical_rank, truncated_svd
@@ -43,9 +44,11 @@ _CAREFUL_SLACK = 2  # directions that may come and go again on the careful path
 _NEARLY_FITTED = 30  # times the tolerance: how well fewer directions must fit to be preferred
 _WEAK_DIRECTION = 1e-3  # of the largest: worth a try to do without
 _LITTLE_NOISE = 0.2  # of the entries' spread: noiseless entries that are too few for the quick path look like less
-_LITTLE_OVERFITTED_NOISE = 0.1  # the same, after a fit with as many directions as can be
+_SHRUNKEN = 1.2  # of the spread: a walk that leaves so much noise has hardly begun
+_NO_NOISE = 0.02  # likewise: the noise of entries whose matrix is all but found
 _LARGEST_DEFAULT_RANK = 40
 _CHEAP_RANK = 20  # with so few directions at most, all may be let in to see what they leave
+_CLOSE, _NEAR = 3e-3, 1e-2  # how close the sweeps of the evidence come to their end
 _INTERCEPT_DIRECTIONS = 2  # what taking intercepts off may add to the rank
 _PATIENCE = 4  # steps of the path without a better held-out error
 _HUBER = 1.345  # of the noise: 95 % efficient where the noise is Gaussian (Huber & Ronchetti 2009)
@@ -231,37 +234,100 @@ def _weigh(task: _Task, recovers: bool = False) -> Solution:
     seen = task.observations
     most = min(task.rank, default_rank(seen))
     trusted = min(_directions(seen, _QUICK_OVERSAMPLING), most)
-    spread = seen.spread()
-    earlier = _as_posterior(task)
-    for width in sorted({trusted, most}):
-        found = None
-        if earlier is None or recovers:
-            walk = _walk(task, most, width)
-            start = earlier or _start(task, walk, most)
-            if recovers:
-                found = _recovered(task, walk, trusted)
-                if found is None and width == most and start.noise < _LITTLE_OVERFITTED_NOISE * spread:
-                    recovers, found = False, _carefully_recovered(task)
-        else:
-            start = earlier
-        if found is not None:
-            return found
-        posterior = fit_evidence(seen, start, max_iter=task.options.iterations(300), callback=task.note("evidence"))
-        if recovers and posterior.noise < _LITTLE_NOISE * spread:
+    walk = _walk(task, most, trusted) if recovers else None
+    found = _recovered(task, walk, trusted) if walk else None
+    if found is not None:
+        return found
+    if walk and most <= _CHEAP_RANK and walk.end.reason == "rank":
+        walk = _walk(task, most, most, to_the_end=True)
+        if walk.end.reason == "fitted":  # by more directions than can be trusted: without noise fewer may do
             recovers, found = False, _carefully_recovered(task)
             if found is not None:
                 return found
-        every_one_kept = posterior.column_means.shape[1] - 1 > width
-        if earlier is not None or not (every_one_kept or (recovers and most <= _CHEAP_RANK)):
+    posterior = _believed(task, walk, most, trusted)
+    noise = posterior.noise / (seen.spread() or 1.0)
+    # with so few directions the quick walk would have recovered a matrix without noise
+    explained = _rank(posterior) <= trusted and noise > _NO_NOISE
+    if recovers and noise < _LITTLE_NOISE and not explained:
+        found = _carefully_recovered(task)
+    return found or _from_posterior(task, posterior)
+
+
+def _believed(task: _Task, walk: _Walk | None, most: int, trusted: int) -> Posterior:
+    """The evidence from an earlier solution, or from the end of a walk; with more directions if all have support."""
+    earlier = _as_posterior(task)
+    tops = [] if earlier is None else [_swept(task, earlier)]
+    if most <= _CHEAP_RANK:
+        # the bound that the sweeps climb has several tops: where it costs little, the highest that several ways lead to
+        if walk is None or walk.end.reason == "rank":
+            walk = _walk(task, most, most, to_the_end=True)
+        tops += [_swept(task, _start(task, walk, most)), _swept(task, _spectral_start(task, most))]
+        return max(tops, key=lambda top: log_evidence(top, task.observations))
+    if tops and not _leaves_a_direction(task, tops[0]):
+        return tops[0]
+    for width in sorted({trusted, most}):
+        if walk is None or (walk.end.reason == "rank" and width == most):
+            walk = _walk(task, most, width)
+        start = _start(task, walk, most)
+        if walk.end.reason == "rank" and start.noise > _SHRUNKEN * walk.rest.spread():
+            # what it left is less noise than shrinkage: from there every direction would look like nothing
+            start = _start(task, _walk(task, most, width, to_the_end=True), most)
+        posterior = _swept(task, start)
+        if _rank(posterior) <= width:
             break
-    return _from_posterior(task, posterior)
+    return posterior
 
 
-def _walk(task: _Task, most: int, trusted: int) -> _Walk:
+def _leaves_a_direction(task: _Task, posterior: Posterior) -> bool:
+    """Whether the residual has a direction larger than noise alone would (the edge of a random matrix's spectrum)."""
+    seen = task.observations
+    fitted = kernels.entries_at(
+        seen.row_of_each(), seen.columns, posterior.row_means[:, 1:], posterior.column_means[:, 1:]
+    )
+    offsets = Intercepts(posterior.mean, posterior.row_means[:, 0], posterior.column_means[:, 0])
+    residual = offsets.residual(seen) - fitted
+    _, s, _ = leading_triplets(seen.matrix(residual), 1, task.options.seed)
+    edge = posterior.noise * (float(seen.row_counts.max()) ** 0.5 + float(seen.column_counts.max()) ** 0.5)
+    return float(s[0]) > edge
+
+
+def _swept(task: _Task, start: Posterior) -> Posterior:
+    cheap = min(task.rank, default_rank(task.observations)) <= _CHEAP_RANK
+    return fit_evidence(
+        task.observations,
+        start,
+        tolerance=_CLOSE if cheap else _NEAR,
+        max_iter=task.options.iterations(300),
+        callback=task.note("evidence"),
+    )
+
+
+def _spectral_start(task: _Task, most: int) -> Posterior:
+    """The leading triplets of what the intercepts leave, shrunk to its size, half of it being taken for noise."""
+    seen = task.observations
+    wanted = task.options.fit_intercept is not False
+    intercepts = task.intercepts if wanted else Intercepts.none(seen.shape)
+    rest = seen.with_values(intercepts.residual(seen))
+    spread = rest.spread() or 1.0
+    U, s, V = leading_triplets(
+        rest.matrix(), most, task.options.seed, collective=seen.collective, height=seen.whole_shape[0]
+    )
+    s = s / seen.density
+    power = float(np.sum(s**2)) / (seen.whole_shape[0] * seen.whole_shape[1])
+    s = s * min(1.0, spread / (power**0.5 or 1.0))
+    half = np.sqrt(np.maximum(s, 1e-6 * spread)).astype(rest.values.dtype)
+    return posterior_around(seen, intercepts, U * half, V * half, spread / 2**0.5, fit_intercept=wanted)
+
+
+def _rank(posterior: Posterior) -> int:
+    return posterior.column_means.shape[1] - 1
+
+
+def _walk(task: _Task, most: int, trusted: int, *, to_the_end: bool = False) -> _Walk:
     """A quick path to at most ``trusted`` directions and one more, so that needing it shows, and soon.
 
     Where the values are mostly their mean it is walked on what the intercepts leave, even if nobody asked for them: it
-    is shorter, and shows noise sooner.
+    is shorter, and shows noise sooner. ``to_the_end``: until the residual no longer falls, and not only until they are in.
     """
     intercepts, rest = task.without_intercepts()
     unasked = task.options.fit_intercept is None and _mostly_mean(rest)
@@ -269,7 +335,8 @@ def _walk(task: _Task, most: int, trusted: int) -> _Walk:
         intercepts = task.intercepts
         rest = rest.with_values(intercepts.residual(rest))
         most += _INTERCEPT_DIRECTIONS
-    end = task.follow(rest, "path", max_rank=max(1, min(most, trusted + 1)), trusted_rank=max(1, trusted))
+    bound = max(1, min(most, trusted + 1))
+    end = task.follow(rest, "path", max_rank=bound, trusted_rank=None if to_the_end else max(1, trusted))
     return _Walk(end, rest, intercepts, unasked)
 
 
