@@ -274,6 +274,41 @@ def test_the_whole_matrix_is_written_filled(
     assert [path.name for path in target.parent.iterdir()] == [target.name]
 
 
+def test_observed_entries_are_written_as_they_were(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    full = 123_456_789 + rng.standard_normal((20, 12))
+    holes = np.where(rng.random(full.shape) < 0.7, full, np.nan)
+    np.save(tmp_path / "m.npy", holes)
+    target = tmp_path / "filled.csv"
+    arguments = f"complete {tmp_path / 'm.npy'} --out {tmp_path / 'run'} --no-calibrate --jobs 1 --filled {target}"
+    assert main(arguments.split()) == 0
+    filled, seen = np.loadtxt(target, delimiter=","), ~np.isnan(holes)
+    assert np.array_equal(filled[seen], holes[seen])
+
+
+def test_a_matrix_that_was_not_written_in_time_is_written_by_the_same_command(
+    tmp_path: Path, full: Any, monkeypatch: pytest.MonkeyPatch, capsys: Captured
+) -> None:
+    np.save(tmp_path / "m.npy", np.where(np.random.default_rng(2).random(full.shape) < 0.6, full, np.nan))
+    target = tmp_path / "filled.npy"
+    arguments = (
+        f"complete {tmp_path / 'm.npy'} --out {tmp_path / 'run'} --no-calibrate --jobs 1 --filled {target}".split()
+    )
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("rankwise.completion_runs.run.write_filled", stopped)
+        assert main(arguments) == 1
+    assert not target.exists()
+    assert main(arguments) == 0
+    np.testing.assert_allclose(np.load(target, allow_pickle=False), full, atol=1e-4)
+    assert not (tmp_path / "run" / "entries.safetensors").exists()
+    assert main(arguments) == 2
+    assert "keeps no entries" in capsys.readouterr().err
+
+
 def test_a_table_without_header(ratings: Path, tmp_path: Path) -> None:
     path = tmp_path / "bare.tsv"
     text = ratings.read_text(encoding="utf-8").split("\n", 1)[1].replace(",", "\t")
@@ -424,6 +459,9 @@ BAD = {
     "from with options of a fit": "complete --from {run} --predict {pairs} --rank 3 --no-calibrate",
     "filled of another kind": GOOD + "--filled whole.xlsx",
     "filled over the data": GOOD + "--filled {ratings}",
+    "filled over the pairs": GOOD + "--predict {pairs} --filled {pairs}",
+    "filled and predictions": GOOD + "--predict {pairs} --filled {out}.csv --predictions {out}.csv",
+    "predictions over the data": GOOD + "--predict {pairs} --predictions {ratings}",
     "filled below a file": GOOD + "--filled {text}/m.csv",
     "filled a picture": "complete {picture} --observed .5 --out {out} --filled {out}.csv",
     "filled by a finished run": "complete {ratings} --row user --col item --value rating --out {run} --filled {out}.csv",

@@ -142,6 +142,18 @@ for rows, shape in (([0, 9 if rank else 1], (5, 4)), ([0, 1], (5, 4 + rank)), ([
     except UserError as error:
         print(f"{error}", flush=True)
 seen = shard_rows([0, 1], [0, 1], [1.0, 2.0], (5, 4))
+DeepMatrixCompletion().fit(seen)
+for step in ("partial_fit", "score"):
+    try:
+        getattr(DeepMatrixCompletion().fit(seen), step)(seen)
+    except UserError as error:
+        print(f"{error}", flush=True)
+try:
+    DeepMatrixCompletion().fit(seen).calibrate()
+except UserError as error:
+    print(f"{error}", flush=True)
+uneven = shard_rows([0, 1, 1, 1], [0, 0, 1, 2], [1.0, 2.0, 3.0, 4.0], (2, 4))
+print(f"held out {DeepMatrixCompletion().fit(uneven).calibrate().count}", flush=True)
 for options in ({"loss": "huber"}, {"solver": "gradient-descent"}, {"warm_start": True}):
     try:
         model = DeepMatrixCompletion(**options).fit(seen)
@@ -159,6 +171,10 @@ dist.destroy_process_group()
         "loss='huber' needs all entries in one process",
         "solver='gradient-descent' needs all entries",
         "warm_start or partial_fit needs all entries",
+        "partial_fit needs all entries in one process; join",
+        "score() hides entries of whole matrices",
+        "every process has only one entry",
+        "held out 1",
     ):
         assert done.stdout.count(says) == 2, (says, done.stdout)
 
@@ -175,5 +191,8 @@ def test_rows_are_cut_where_the_entries_are_halved():
     assert row_cuts(np.array([1, 1, 1, 1, 4]), 2).tolist() == [0, 4, 5]
     assert row_cuts(np.array([3, 0, 0, 3, 0]), 2).tolist() == [0, 1, 5]
     assert row_cuts(np.ones(10, int), 3).tolist() == [0, 4, 7, 10]
+    assert row_cuts(np.array([2, 2, 6]), 2).tolist() == [0, 2, 3]
+    assert row_cuts(np.array([5, 9]), 2).tolist() == [0, 1, 2]
+    assert row_cuts(np.array([0, 9, 0, 0, 1, 1]), 3).tolist() == [0, 2, 5, 6]
     with pytest.raises(UserError, match="cannot be cut"):
         row_cuts(np.array([0, 9, 0]), 2)

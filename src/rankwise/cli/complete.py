@@ -140,6 +140,10 @@ def complete(
     with console.status("loading"):
         runs = _completion_runs()
     pairs = runs.Pairs.checked(predict, interval, predictions, row, col, header, delimiter)
+    target = None if pairs is None else pairs.target
+    whole = runs.checked_filled(filled)
+    inputs = {"the data": data, "--mask": mask, "--predict": predict}
+    runs.check_targets(inputs, {"--predictions": target, "--filled": whole})
     _check_threads(jobs)
     if from_run is not None:
         _check_only_predicts(context)
@@ -160,10 +164,11 @@ def complete(
     )  # fmt: skip
     if filled is not None and runs.is_picture(data):
         raise UserError("a picture is filled into filled.png in the run folder; leave --filled out")
-    whole = runs.checked_filled(filled, data)
     settings.check(data, predicts=pairs is not None, with_intervals=pairs is not None and pairs.level is not None)
     with runs.torchrun_processes() as together:
         jobs = runs.fair_jobs(jobs)
+        if together.size > 1:
+            settings.check_for_several()
         if together.rank > 0:
             runs.follow(Path(out), settings, jobs, together)
             return

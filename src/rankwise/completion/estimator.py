@@ -299,6 +299,8 @@ class DeepMatrixCompletion(OneToOneFeatureMixin, TransformerMixin, BaseEstimator
         """
         check_is_fitted(self, "solution_")
         observations, _ = self._new_rows(X)
+        if observations.share is not None:
+            raise UserError("score() hides entries of whole matrices; pass one process's rows without shard_rows")
         order = np.random.default_rng(_seed(self.random_state)).random(observations.count)
         row = observations.row_of_each()
         place = np.empty(observations.count, np.int64)

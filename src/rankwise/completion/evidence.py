@@ -81,7 +81,7 @@ def posterior_around(
     dtype = observations.values.dtype
     height, width = observations.shape
     k = right.shape[1]
-    noise = max(noise, _rounding(observations))
+    noise = max(noise, _rounding(observations, fit_intercept))
     nothing = 1e-12 * noise**2
     rows, columns = intercepts.rows[:, None], intercepts.columns[:, None]
     row_power = np.maximum(_Rows(observations).mean_squares(np.hstack([rows, left])), nothing)
@@ -154,7 +154,7 @@ def fit_evidence(
     precision = before = 1 / start.noise**2
     history: list[dict[str, Any]] = []
     converged = False
-    least = observations.count * _rounding(observations) ** 2
+    least = observations.count * _rounding(observations, bool(start.row_prior[0] < _FIXED)) ** 2
     A, CA = start.row_means, start.row_covariances
     for sweep in range(1, max_iter + 1):
         told_rows = kernels.expected_moments(observations.row_starts, observations.columns, values, M, C)
@@ -232,11 +232,19 @@ def log_evidence(posterior: Posterior, observations: Observations) -> float:
     return float(bound)
 
 
-def _rounding(observations: Observations) -> float:
-    """Noise below this is rounding; without a floor the precision of a matrix that is fitted exactly has no end."""
+def _rounding(observations: Observations, fit_intercept: bool) -> float:
+    """Noise below this is rounding; without a floor the precision of a matrix that is fitted exactly has no end.
+
+    Relative to the spread, or to the values themselves where their mean is no intercept but a direction like others.
+    """
     dtype = np.finfo(observations.values.dtype)
     largest = max(observations.collective.parts(float(np.abs(observations.values).max(initial=0))))
-    return max(float(dtype.eps) ** 0.4 * observations.spread(), float(dtype.eps) * largest, float(dtype.tiny) ** 0.25)
+    floor = float(dtype.eps) * largest
+    if fit_intercept:
+        floor = max(floor, float(dtype.eps) ** 0.4 * observations.spread())
+    else:
+        floor = max(floor, float(dtype.eps) ** 0.5 * observations.mean(np.square(observations.values)) ** 0.5)
+    return max(floor, float(dtype.tiny) ** 0.25)
 
 
 def _mean_squares(means: Array) -> NDArray[np.float64]:

@@ -22,6 +22,10 @@ class Intercepts:
     columns: Array
     shrinkage: float = 0.0
 
+    def scaled(self, unit: float) -> "Intercepts":
+        """Those of values ``unit`` times as large."""
+        return Intercepts(self.mean * unit, self.rows * unit, self.columns * unit, self.shrinkage)
+
     @classmethod
     def none(cls, shape: tuple[int, int]) -> "Intercepts":
         return cls(0.0, np.zeros(shape[0]), np.zeros(shape[1]))

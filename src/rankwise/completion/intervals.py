@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from rankwise.completion.observations import Observations
 from rankwise.completion.options import SolverOptions
 from rankwise.completion.solver import Callback, held_out_mask, solve
+from rankwise.errors import UserError
 
 _MOST_SCORES = 20_000
 
@@ -50,7 +51,13 @@ def calibrate(
         UserError: only one entry is observed.
     """
     together = observations.collective
-    hidden = held_out_mask(len(observations.values), fraction, seed + together.rank)
+    mine = len(observations.values)
+    if observations.share is None or mine > 1:
+        hidden = held_out_mask(mine, fraction, seed + together.rank)
+    else:  # this process's only entry; the others have some to hide
+        hidden = np.zeros(mine, bool)
+    if together.total(int(hidden.sum())) == 0:
+        raise UserError("every process has only one entry, so none can be held out; observe more entries")
     solution = solve(observations.subset(~hidden), options, callback=callback)
     row = together.stacked(observations.row_of_each()[hidden] + observations.first_row)
     column = together.stacked(observations.columns[hidden])

@@ -206,7 +206,13 @@ class Observations:
         return replace(self, share=Share(collective, first_row, height, int(counts.sum()), counts))
 
     def joined(self, other: "Observations") -> "Observations":
-        """Both sets of entries; an entry of both takes the value of ``other``."""
+        """Both sets of entries; an entry of both takes the value of ``other``.
+
+        Raises:
+            UserError: either is one process's rows only.
+        """
+        if self.share is not None or other.share is not None:
+            raise UserError("partial_fit needs all entries in one process; join the entries, shard_rows and fit again")
         rows = np.concatenate([self.row_of_each(), other.row_of_each()])
         columns = np.concatenate([self.columns, other.columns])
         values = np.concatenate([self.values, other.values])
@@ -331,6 +337,12 @@ def _numbers(given: ArrayLike, dtype: Any) -> NDArray[np.floating]:
         raise UserError(
             f"observed values must be finite: {len(bad)} of {len(numbers)} are NaN, infinite or too large for "
             f"{np.dtype(dtype).name} (the first is number {bad[0]}); leave out what was not observed"
+        )
+    largest = float(np.abs(numbers).max(initial=0))
+    if largest > np.finfo(numbers.dtype).max ** 0.5:  # their squares have to be finite too
+        raise UserError(
+            f"observed values up to {largest:.3g} are too large for {np.dtype(dtype).name}, whose squares must be finite; "
+            "use float64, or another unit"
         )
     return numbers
 

@@ -76,12 +76,16 @@ def row_cuts(counts: NDArray[np.integer], processes: int) -> NDArray[np.int64]:
     upto = np.cumsum(counts)
     if not upto[-1]:
         raise UserError("no entry is observed: there is nothing to learn from")
-    wanted = upto[-1] * np.arange(1, processes) / processes
-    cuts = np.concatenate([[0], np.searchsorted(upto, wanted) + 1, [len(counts)]])
-    shares = np.diff(np.concatenate([[0], upto])[cuts])
-    if (shares <= 0).any():
+    seen = np.flatnonzero(counts)
+    if len(seen) < processes:
         raise UserError(
-            f"the entries cannot be cut by rows into {processes} parts ({np.count_nonzero(counts)} rows have any, and "
-            "some have most of them); start fewer processes, or pass the transposed matrix"
+            f"the entries cannot be cut by rows into {processes} parts: only {len(seen)} rows have any; start fewer "
+            "processes, or pass the transposed matrix"
         )
-    return cuts.astype(np.int64)
+    wanted = upto[-1] * np.arange(1, processes) / processes
+    # after the n-th row with entries, n from what is wanted but leaving at least one for every process
+    after = np.searchsorted(upto[seen], wanted) + 1
+    for process in range(1, processes):
+        least = after[process - 2] + 1 if process > 1 else 1
+        after[process - 1] = min(max(after[process - 1], least), len(seen) - processes + process)
+    return np.concatenate([[0], seen[after - 1] + 1, [len(counts)]]).astype(np.int64)

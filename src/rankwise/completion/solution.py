@@ -14,6 +14,11 @@ from rankwise.completion.observations import Observations
 Array = NDArray[np.floating]
 
 
+def in_units(entry: dict[str, Any], unit: float) -> dict[str, Any]:
+    """An entry of a history with what it measures in the values' unit ``unit`` times as large."""
+    return {name: value * unit if name in ("noise", "held_out") else value for name, value in entry.items()}
+
+
 @dataclass(frozen=True)
 class FoldIn:
     """Everything that a row's closed-form ridge regression needs besides the row itself.
@@ -32,6 +37,21 @@ class FoldIn:
         """Ridge regression with ``decay`` (k,), one a direction."""
         width = len(decay)
         return cls(False, np.diag(decay), np.zeros((width, width), decay.dtype), np.zeros(width, decay.dtype))
+
+    def scaled(self, unit: float) -> "FoldIn":
+        """The regression of values ``unit`` times as large on factors √``unit`` times as large."""
+        # every solution grows with its coordinate's factor c, the objective with unit²
+        c = np.full(len(self.shift), unit**0.5)
+        if self.intercept:
+            c[0] = unit
+        matrix = (unit / c)[:, None] * (unit / c)
+        dtype = self.penalty.dtype
+        return FoldIn(
+            self.intercept,
+            (self.penalty * matrix).astype(dtype),
+            (self.per_entry * matrix).astype(dtype),
+            (self.shift * unit * (unit / c)).astype(dtype),
+        )
 
     def rows(self, observations: Observations, intercepts: Intercepts, right: Array) -> tuple[Array, Array]:
         """Intercepts (m,) and factors (m, k) of the rows observed, given those of the columns."""
@@ -85,6 +105,24 @@ class Solution:
     @property
     def balanced(self) -> Balanced:
         return balanced(self.left, self.right)
+
+    def scaled(self, unit: float) -> "Solution":
+        """The solution for values ``unit`` times as large; exact where that is a power of four."""
+        if unit == 1:
+            return self
+        root = self.left.dtype.type(unit**0.5)
+        return replace(
+            self,
+            intercepts=self.intercepts.scaled(unit),
+            fallback=self.fallback.scaled(unit),
+            left=self.left * root,
+            right=self.right * root,
+            fold_in=self.fold_in.scaled(unit),
+            noise=self.noise * unit,
+            row_spread=self.row_spread * unit**2,
+            column_spread=self.column_spread * unit**2,
+            history=[in_units(entry, unit) for entry in self.history],
+        )
 
     def at(self, rows: NDArray[np.integer], columns: NDArray[np.integer]) -> Array:
         """The values at pairs (rows, columns), each (k,)."""

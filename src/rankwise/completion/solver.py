@@ -28,7 +28,7 @@ from rankwise.completion.gradient_descent import GradientDescentStep, gradient_d
 from rankwise.completion.intercepts import Intercepts, fit_intercepts
 from rankwise.completion.observations import Observations
 from rankwise.completion.options import SolverOptions
-from rankwise.completion.solution import FoldIn, Solution
+from rankwise.completion.solution import FoldIn, Solution, in_units
 from rankwise.completion.sparse_svd import leading_triplets
 from rankwise.completion.weight_decay_path import PathEnd, follow_weight_decay
 from rankwise.errors import UserError
@@ -86,12 +86,30 @@ def solve(
         callback: called with each iteration's entry of the history.
     """
     rank = min(options.rank or default_rank(observations), *observations.whole_shape)
-    task = _Task(observations, options, rank, start, callback)
+    # gradient descent starts from ε in the values' own units; the others know no unit, but floating point does
+    unit = 1.0 if options.solver == "gradient-descent" else _unit(observations)
+    inside = observations.with_values(observations.values / observations.values.dtype.type(unit))
+    task = _Task(inside, options, rank, start and start.scaled(1 / unit), _in_units(callback, unit))
     if observations.share is not None:
-        return _together(task)
-    if observations.count == observations.shape[0] * observations.shape[1] and options.solver == "auto":
-        return _truncated_svd(task)
-    return _by_loss(task)
+        found = _together(task)
+    elif observations.count == observations.shape[0] * observations.shape[1] and options.solver == "auto":
+        found = _truncated_svd(task)
+    else:
+        found = _by_loss(task)
+    return found.scaled(unit)
+
+
+def _unit(observations: Observations) -> float:
+    """A power of four near the largest value: dividing by it, and by its root, rounds nothing."""
+    values = observations.values
+    largest = max(observations.collective.parts(float(np.abs(values).max(initial=0))))
+    return float(4.0 ** round(np.log2(largest) / 2)) if largest > 0 else 1.0
+
+
+def _in_units(callback: Callback | None, unit: float) -> Callback | None:
+    if callback is None or unit == 1:
+        return callback
+    return lambda entry: callback(in_units(entry, unit))
 
 
 def _by_loss(task: "_Task") -> Solution:

@@ -1,6 +1,7 @@
 """Runs of ``rankwise complete``: what was asked for, the folder it fills, predictions from it."""
 
 from rankwise.completion_runs.filled import checked_filled
+from rankwise.completion_runs.folder import check_targets
 from rankwise.completion_runs.predictions import Pairs, predict_from
 from rankwise.completion_runs.run import CompletionRun
 from rankwise.completion_runs.settings import CompletionSettings, is_picture, parsed_bounds
@@ -11,6 +12,7 @@ __all__ = [
     "CompletionSettings",
     "Others",
     "Pairs",
+    "check_targets",
     "checked_filled",
     "fair_jobs",
     "follow",

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _NUMBERS_AT_A_TIME = 1 << 22
 
 
-def checked_filled(filled: str | None, data: str) -> Path | None:
-    """Refuse what could not be written after a long fit, or is the input."""
+def checked_filled(filled: str | None) -> Path | None:
+    """Refuse what could not be written after a long fit."""
     if filled is None:
         return None
     target = Path(filled)
@@ -32,8 +32,6 @@ def checked_filled(filled: str | None, data: str) -> Path | None:
         raise UserError(f"--filled must be a .csv or .npy file, got {filled}")
     if os.path.isdir(target):  # noqa: PTH112  # no exception for a name that is too long
         raise UserError(f"--filled {target} is a folder; name a file in it")
-    if os.path.exists(target) and os.path.exists(data) and os.path.samefile(target, data):  # noqa: PTH110, PTH121
-        raise UserError(f"--filled {target} is the data itself; choose another file")
     check_parents(target)
     return target
 
@@ -66,9 +64,12 @@ def write_filled(
                     if labels.columns is not None:
                         writer.writerow([*([] if labels.rows is None else [labels.row_name]), *labels.columns])
                     for rows, block in model.reconstruct_batches(at_a_time):
-                        for i, line in enumerate(_observed_over(block, rows, observations), start=rows.start):
+                        for i, line in enumerate(block, start=rows.start):
                             name = [] if labels.rows is None else [labels.rows[i]]
-                            writer.writerow([*name, *(f"{number:.7g}" for number in line)])
+                            texts = [f"{number:.10g}" for number in line]
+                            for p in range(observations.row_starts[i], observations.row_starts[i + 1]):
+                                texts[observations.columns[p]] = str(observations.values[p])  # as short as is exact
+                            writer.writerow([*name, *texts])
                         report(rows.stop, height)
         os.replace(temporary, target)
     except OSError as error:

@@ -26,6 +26,21 @@ def check_parents(path: Path) -> None:
         raise UserError(f"cannot make {path}: the name is too long")
 
 
+def check_targets(inputs: dict[str, str | None], targets: dict[str, Path | None]) -> None:
+    """A file that is written replaces one of its name: refuse an input, or the same file twice. By option."""
+    taken = {option: Path(path) for option, path in inputs.items() if path is not None}
+    for option, target in targets.items():
+        if target is None:
+            continue
+        for other, path in taken.items():
+            there = os.path.exists(target) and os.path.exists(path)  # noqa: PTH110
+            if os.path.samefile(target, path) if there else target.absolute() == path.absolute():  # noqa: PTH121
+                raise UserError(
+                    f"{option} {target} is the file of {other}, which it would replace; choose another file"
+                )
+        taken[option] = target
+
+
 class MetricsFile:
     """One JSON object a line, flushed: a killed run keeps what it measured."""
 

@@ -45,7 +45,7 @@ class Pairs:
             return None
         target = None if predictions is None else Path(predictions)
         if target is not None:
-            _check_target(target, predict)
+            _check_target(target)
         return cls(predict, interval, target, row, column, header, delimiter)
 
     def of_run(self, settings: dict[str, Any]) -> "Pairs":
@@ -74,12 +74,10 @@ class Pairs:
         return [self.row or "row", self.column or "column"] if self.header else ["row", "column"]
 
 
-def _check_target(target: Path, pairs: str) -> None:
-    """The CSV replaces a file of its name: refuse what could not be written after a long fit, or is the input."""
+def _check_target(target: Path) -> None:
+    """Refuse what could not be written after a long fit."""
     if os.path.isdir(target):  # noqa: PTH112  # no exception for a name that is too long
         raise UserError(f"--predictions {target} is a folder; name a file in it")
-    if os.path.exists(target) and os.path.exists(pairs) and os.path.samefile(target, pairs):  # noqa: PTH110, PTH121
-        raise UserError(f"--predictions {target} is the table with the pairs itself; choose another file")
     check_parents(target)
 
 
@@ -171,4 +169,4 @@ def _predicted(model: "DeepMatrixCompletion", rows: Any, columns: Any, known: An
 
 
 def _shown(number: float) -> str:
-    return "" if number != number else f"{number:.7g}"
+    return "" if number != number else f"{number:.10g}"

@@ -65,9 +65,7 @@ class CompletionRun:
         state = self._state()
         if state == "finished":
             if filled is not None:
-                raise UserError(
-                    f"{self.folder} is finished and keeps no entries, so --filled needs a new run: choose another --out"
-                )
+                self._fill_from_kept(filled)
             self.say(f"{self.folder} is finished: nothing to fit (another --out starts another run)")
             (self.folder / _ENTRIES).unlink(missing_ok=True)
             if not (self.folder / "report.html").is_file():
@@ -93,8 +91,21 @@ class CompletionRun:
         self._report()
         if filled is not None:
             write_filled(filled, model, observations, labels, self.console)
+        (self.folder / _ENTRIES).unlink(missing_ok=True)  # not before the matrix is written that needs them
         if pairs is not None and asked is not None:
             write_predictions(self.folder, pairs, asked, labels, model, self.console)
+
+    def _fill_from_kept(self, filled: Path) -> None:
+        """The whole matrix of a finished run that was stopped before it was written."""
+        from rankwise.completion import DeepMatrixCompletion
+        from rankwise.completion.reading import load_entries, load_labels
+
+        if not (self.folder / _ENTRIES).is_file():
+            raise UserError(
+                f"{self.folder} is finished and keeps no entries, so --filled needs a new run: choose another --out"
+            )
+        model = DeepMatrixCompletion.load(self.folder / "model")
+        write_filled(filled, model, load_entries(self.folder), load_labels(self.folder), self.console)
 
     def _state(self) -> str:
         """ "new", "interrupted" or "finished".
@@ -268,7 +279,6 @@ class CompletionRun:
         shutil.rmtree(self.folder / "model", ignore_errors=True)  # of a run stopped just here
         model.save(self.folder / "model")
         self._summarize(model, observations, picture, seconds, calibrated)
-        (self.folder / _ENTRIES).unlink(missing_ok=True)
         return model
 
     def _calibrate(

@@ -62,6 +62,12 @@ class CompletionSettings:
             raise UserError(f"--dtype must be float64 or float32, got {self.dtype}")
         self.model(None)
 
+    def check_for_several(self) -> None:
+        """What several processes cannot do with the rows between them, before a file is opened."""
+        if self.loss == "huber" or self.solver == "gradient-descent":
+            what = "--loss huber" if self.loss == "huber" else "--solver gradient-descent"
+            raise UserError(f"{what} needs all entries in one process; leave it out, or start without torchrun")
+
     def model(self, jobs: int | None) -> "DeepMatrixCompletion":
         """The estimator asked for.
 

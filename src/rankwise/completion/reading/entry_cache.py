@@ -102,6 +102,8 @@ def load_share(folder: Path, together: Collective) -> Observations:
             part = slice(int(starts[first]), int(starts[end]))
             columns, values = (arrays.get_slice(name)[part] for name in ("columns", "values"))
             merged = int(arrays.get_tensor("merged")[0]) if together.rank == 0 else 0
+    except UserError:
+        raise
     except (OSError, SafetensorError, KeyError, ValueError, IndexError) as error:
         raise UserError(f"{file} is missing or damaged ({error}); every process must see the same run folder") from None
     rows = np.repeat(np.arange(end - first, dtype=np.int32), np.diff(starts[first : end + 1]))
