@@ -78,6 +78,15 @@ class DeepLoraConfig(PeftConfig):
         default=True,
         metadata={"help": "True starts as an exact no-op; False draws random inner factors, for tests."},
     )
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens whose embeddings are trained too, by PEFT: [1, 5] or {name of the embedding: [1, 5]}."
+        },
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not supported: layers are adapted, not bare parameters."}
+    )
     layouts: dict[str, Any] = field(
         default_factory=dict,
         metadata={"help": "What the adapted layers that are not linear look like; noted when they are adapted."},
@@ -110,6 +119,11 @@ class DeepLoraConfig(PeftConfig):
         if not (math.isfinite(self.init_scale) and self.init_scale > 0):
             raise ValueError(
                 f"init_scale must be positive (at 0 the inner factors have no gradient), got {self.init_scale!r}"
+            )
+        if self.target_parameters:
+            raise ValueError(
+                "target_parameters names bare parameters, such as those of fused experts; Deep LoRA adapts layers: name those "
+                "in target_modules"
             )
         if self.variant not in STARTS:
             raise ValueError(f"variant must be one of {', '.join(STARTS)}, got {self.variant!r}")

@@ -106,6 +106,11 @@ def save_as_lora(
     if not isinstance(config, DeepLoraConfig):
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
         raise ValueError(f"no Deep LoRA adapter named {adapter_name!r} in this model (adapters: {known})")
+    if config.trainable_token_indices:
+        raise ValueError(
+            "this adapter trains tokens too (trainable_token_indices), which the exported LoRA would leave out; merge it with "
+            "merge_and_unload(), or train without"
+        )
     if any(isinstance(module, DeepLoraLayer) and module.merged for module in model.modules()):
         raise ValueError("the adapter is merged into the base weights; call unmerge_adapter() before exporting it")
     state = get_peft_model_state_dict(model, adapter_name=adapter_name)

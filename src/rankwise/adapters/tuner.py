@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -62,6 +63,27 @@ class DeepLoraModel(BaseTuner):
         else:
             patterns += [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(excluded or ())]
         peft_config.exclude_modules = "|".join(patterns)
+
+    def _check_merge_allowed(self) -> None:
+        """Give adapted layers that share their weight with another, as a tied ``lm_head`` does, one of their own.
+
+        Merging into a shared weight would change the other layer too. The model is untied from then on, and its config
+        says so.
+        """
+        uses = Counter(id(parameter) for _, parameter in self.model.named_parameters(remove_duplicate=False))
+        shared = [
+            (name, module.get_base_layer())
+            for name, module in self.model.named_modules()
+            if isinstance(module, DeepLoraLayer) and uses[id(module.get_base_layer().weight)] > 1
+        ]
+        for _, layer in shared:
+            weight: torch.nn.Parameter = layer.weight  # type: ignore[assignment]
+            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        config = getattr(self.model, "config", None)
+        if shared and config is not None and getattr(config, "tie_word_embeddings", False):
+            config.tie_word_embeddings = False
+            names = ", ".join(name for name, _ in shared)
+            logger.warning("%s: untied, so that merging changes no other layer; the config says so too", names)
 
     @torch.no_grad()
     def add_weighted_adapter(

@@ -46,12 +46,17 @@ def stored_scale(init_scale: float, zero_left: bool) -> float:
     return 0.0 if zero_left else float(torch.tensor(init_scale, dtype=torch.bfloat16))
 
 
+@torch.compiler.assume_constant_result
+def _start_of_core(depth: int, init_scale: float, dtype: torch.dtype) -> float:
+    """ε^L rounded as the product of the factors itself is."""
+    epsilon = torch.tensor(init_scale, dtype=dtype)
+    return float(reduce(lambda below, factor: factor * below, [epsilon] * depth))
+
+
 @lru_cache(maxsize=256)
 def _shift(width: int, depth: int, init_scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """−ε^L·I, with ε^L rounded as the product of the factors itself is; shared by all layers."""
-    epsilon = torch.tensor(init_scale, dtype=dtype)
-    product = reduce(lambda below, factor: factor * below, [epsilon] * depth)
-    return -float(product) * torch.eye(width, dtype=dtype, device=device)
+    """−ε^L·I; shared by all layers."""
+    return -_start_of_core(depth, init_scale, dtype) * torch.eye(width, dtype=dtype, device=device)
 
 
 def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_scale: float) -> Float[Tensor, "m r"]:
@@ -64,8 +69,11 @@ def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_
     """
     dtype = compute_dtype(inner.dtype)
     with _full_precision(left):
-        shift = _shift(inner.shape[-1], inner.shape[0], init_scale, dtype, inner.device)
-        return left.to(dtype) @ (compose(inner.to(dtype)) + shift)
+        core = compose(inner.to(dtype))
+        if init_scale:  # without, as from the zero-left start, there is nothing to subtract
+            make = _shift.__wrapped__ if torch.compiler.is_compiling() else _shift
+            core = core + make(inner.shape[-1], inner.shape[0], init_scale, dtype, inner.device)
+        return left.to(dtype) @ core
 
 
 def _full_precision(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -133,6 +141,7 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     merged_adapters: list[str]
+    cast_input_dtype_enabled = True  # PEFT's helpers switch it; nothing here casts inputs to the factors' dtype
 
     adapter_layer_names = ("deeplora_left", "deeplora_right", "deeplora_inner")
     other_param_names = (
