@@ -74,6 +74,9 @@ def initialize_deeplora_weights(
 
     The variants ``zero-left`` (the default) and ``random`` ask for no gradient: V (and U) are drawn at random.
 
+    Under ``torch.distributed`` all processes call it, before the model is wrapped or sharded, and end with the frames of the
+    first process.
+
     The adapter stays an exact no-op: only the directions in which it will learn are chosen. Each layer's gradient is
     decomposed and dropped during the backward pass, so the extra peak is about one layer's weight. With several
     batches the running sum is kept in factored form, at four times the directions needed (at least 32).
@@ -134,6 +137,7 @@ def initialize_deeplora_weights(
             found, loss = _frames_from_gradient(model, layers, adapter_name, variant, first, loss_fn, generator)
     for name, layer in layers.items():
         layer.set_frames(adapter_name, found[name].left, found[name].right)
+    _share_first(layers, adapter_name)
     rows = [
         LayerInitialization(name, layer.r[adapter_name], found[name].gradient_norm / count, found[name].captured)
         for name, layer in layers.items()
@@ -192,6 +196,15 @@ def _frames_from_gradient(
             found[name] = _frames(running[name], layers[name].r[adapter_name], variant, generator)
     _refuse(problems, [name for name in layers if name not in found and name not in problems])
     return found, total / len(batches)
+
+
+def _share_first(layers: dict[str, DeepLoraLayer], adapter_name: str) -> None:
+    """Under ``torch.distributed`` every process gets the first one's factors, whatever its own batches pointed at."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for layer in layers.values():
+        for factor in layer.factors(adapter_name):
+            torch.distributed.broadcast(factor.data, 0)
 
 
 def _frames(gradient: MatrixOperator, width: int, variant: str, generator: torch.Generator) -> InvariantSubspaces:

@@ -46,17 +46,12 @@ def stored_scale(init_scale: float, zero_left: bool) -> float:
     return 0.0 if zero_left else float(torch.tensor(init_scale, dtype=torch.bfloat16))
 
 
-@torch.compiler.assume_constant_result
-def _start_of_core(depth: int, init_scale: float, dtype: torch.dtype) -> float:
-    """ε^L rounded as the product of the factors itself is."""
-    epsilon = torch.tensor(init_scale, dtype=dtype)
-    return float(reduce(lambda below, factor: factor * below, [epsilon] * depth))
-
-
 @lru_cache(maxsize=256)
 def _shift(width: int, depth: int, init_scale: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """−ε^L·I; shared by all layers."""
-    return -_start_of_core(depth, init_scale, dtype) * torch.eye(width, dtype=dtype, device=device)
+    """−ε^L·I, with ε^L rounded as the product of the factors itself is; shared by all layers."""
+    epsilon = torch.full((), init_scale, dtype=dtype, device=device)
+    product = reduce(lambda below, factor: factor * below, [epsilon] * depth)
+    return -product * torch.eye(width, dtype=dtype, device=device)
 
 
 def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_scale: float) -> Float[Tensor, "m r"]:
