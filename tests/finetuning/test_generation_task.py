@@ -17,7 +17,8 @@ from rankwise.errors import UserError
 from rankwise.finetuning import TASKS, Table, make_task, read_table, text_metrics
 from rankwise.finetuning.data import Columns
 from rankwise.finetuning.models import load_model, load_tokenizer
-from rankwise.finetuning.tasks import Classification, Generation
+from rankwise.finetuning.tasks import Classification
+from rankwise.finetuning.text_tasks import Generation
 from tests.finetuning.tiny_checkpoint import WORDS, save_tiny_checkpoint
 
 PAIRS = [("red cat", "good dog bird"), ("blue house river", "sad cloud")]

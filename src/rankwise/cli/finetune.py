@@ -36,7 +36,8 @@ def finetune(
     task: Annotated[
         str,
         typer.Option(
-            help="auto, pair-similarity (two texts and a score on an embedding model), classification or regression.",
+            help="auto, pair-similarity (two texts and a score on an embedding model), classification, regression, generation "
+            "(text from text) or causal-lm (prompt and completion).",
             rich_help_panel=_DATA,
         ),
     ] = "auto",

@@ -4,7 +4,8 @@ from rankwise.errors import Interrupted
 from rankwise.finetuning.data import Table, read_table
 from rankwise.finetuning.runner import finetune, resume
 from rankwise.finetuning.settings import PRESETS, FinetuneSettings
-from rankwise.finetuning.tasks import TASKS, Task, make_task
+from rankwise.finetuning.task_choice import TASKS, make_task
+from rankwise.finetuning.tasks import Task
 
 __all__ = [
     "PRESETS",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters import DeepLoraConfig, create_deeplora_optimizer
 from rankwise.adapters.config import ZERO_LEFT
@@ -47,8 +48,11 @@ def adapt(model: nn.Module, task: "Task", settings: "FinetuneSettings") -> nn.Mo
         _set_trainable(head, settings.head == "trained")
         return model
     common: dict[str, Any] = {"target_modules": "all-linear", "task_type": task.peft_task_type}
+    layers = _linear_layers(model, task, left_out)
+    if layers and all(isinstance(model.get_submodule(name), Conv1D) for name in layers):
+        common["fan_in_fan_out"] = True  # how GPT-2's layers store their weight
     if settings.method == "vera":  # its configuration knows no exclude_modules
-        common["target_modules"] = "|".join(map(re.escape, _linear_layers(model, task, left_out)))
+        common["target_modules"] = "|".join(map(re.escape, layers))
     else:
         common["exclude_modules"] = left_out or None
     try:
@@ -212,12 +216,16 @@ def _riemannian(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) 
 
 
 def _linear_layers(model: nn.Module, task: "Task", left_out: list[str]) -> list[str]:
-    """Names of all linear layers but the head's and those left out."""
+    """Names of all linear layers but the head's, a language model's output layer and those left out."""
     head = {id(p) for p in head_parameters(model, task)}
+    output = getattr(model, "get_output_embeddings", lambda: None)()
     return [
         name
         for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name not in left_out and id(module.weight) not in head
+        if isinstance(module, nn.Linear | Conv1D)
+        and module is not output
+        and name not in left_out
+        and id(module.weight) not in head
     ]
 
 

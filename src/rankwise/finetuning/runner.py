@@ -29,7 +29,8 @@ from rankwise.finetuning.models import device, load_model, load_tokenizer, model
 from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.run_folder import PACKAGES, RunFolder
 from rankwise.finetuning.settings import AUTO, FinetuneSettings
-from rankwise.finetuning.tasks import Task, make_task
+from rankwise.finetuning.task_choice import make_task
+from rankwise.finetuning.tasks import Task
 from rankwise.finetuning.trainer import RunRecorder
 from rankwise.finetuning.training import (
     first_batches,

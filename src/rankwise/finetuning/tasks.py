@@ -1,4 +1,4 @@
-"""What is trained on and how it is scored: pair similarity on an embedding model, a head on a classifier, or text."""
+"""What is trained on and how it is scored: pair similarity on an embedding model, or a head on a classifier."""
 
 import json
 import math
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from rankwise.errors import UserError
 from rankwise.finetuning.batching import Array, Batch, in_parts_of_equal_length
 from rankwise.finetuning.data import Table, numeric_labels
-from rankwise.finetuning.text_metrics import bleu, meteor, require_text_metrics, rouge
 
 
 class Task(ABC):
@@ -197,7 +196,7 @@ class Classification(HeadTask):
     primary_metric = "accuracy"
 
     def _targets(self) -> Array:
-        labels = [str(_plain(row["label"])) for row in self.table.rows]
+        labels = [str(plain(row["label"])) for row in self.table.rows]
         self.classes = sorted(set(labels), key=lambda label: (len(label), label) if label.isdigit() else (99, label))
         if len(self.classes) < 2:
             raise UserError(
@@ -310,138 +309,6 @@ class Regression(HeadTask):
         return {**_correlations(predictions, targets), "rmse": error}
 
 
-class Generation(Task):
-    """Text from text with an encoder-decoder model (T5, BART); the label is the text, or a list of texts that all do.
-
-    Trained on the first text of a list, by the model's own cross-entropy over the target's tokens. Predicted greedily
-    (``beams`` = 1) or by beam search, at most ``max_length`` tokens. Scored against all texts of a list:
-
-    - ``bleu``: sacrebleu's corpus BLEU (13a tokens, exponential smoothing) **divided by 100**, so that like every
-      metric here it lies in [0, 1]; the E2E challenge's own script tokenizes otherwise and gives other figures;
-    - ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: F-measures of the rouge-score package without stemming, of the
-      best reference, mean over rows. It knows Latin letters and digits only. ``rougeLsum`` takes a line for a sentence;
-    - ``meteor`` only where NLTK finds WordNet on this machine (never downloaded): NLTK's, of the best reference, mean
-      over rows.
-
-    Raises:
-        UserError: sacrebleu or rouge-score is missing, or a label is no text.
-    """
-
-    name = "generation"
-    primary_metric = "bleu"
-    peft_task_type = "SEQ_2_SEQ_LM"
-
-    def __init__(self, table: Table, tokenizer: Any, max_length: int, *, beams: int = 1):
-        if beams < 1:
-            raise UserError(f"beams must be at least 1, got {beams}")
-        require_text_metrics()
-        super().__init__(table, tokenizer, max_length)
-        self.beams = beams
-
-    def _targets(self) -> Array:
-        targets = np.empty(len(self.table.rows), dtype=object)
-        for index, row in enumerate(self.table.rows):
-            targets[index] = _references(row["label"])
-            if not targets[index] or not all(text.strip() for text in targets[index]):
-                raise UserError(
-                    f"column {self.table.columns.label!r} of {self.table.source} must hold the text to generate, or a "
-                    f"list of such texts; row {row['row']} has {row['label']!r}"
-                )
-        return targets
-
-    def describe(self) -> dict[str, Any]:
-        return {"references": sum(len(texts) for texts in self.targets), "beams": self.beams}
-
-    def load_model(self, source: str, revision: str | None) -> nn.Module:
-        from transformers import AutoConfig, AutoModelForSeq2SeqLM
-
-        config = AutoConfig.from_pretrained(source, revision=revision)
-        if not config.is_encoder_decoder:
-            raise UserError(
-                f"generation needs an encoder-decoder model such as T5 or BART, this is {config.model_type}"
-            )
-        return AutoModelForSeq2SeqLM.from_pretrained(
-            source, revision=revision, use_safetensors=True, dtype=torch.float32
-        )
-
-    def collate(self, positions: Sequence[int]) -> Batch:
-        """``input_ids``, ``attention_mask`` (B, tokens) and ``labels`` (B, target tokens), padded with −100."""
-        rows = [self.table.rows[position] for position in positions]
-        pairs = [row["text_pair"] for row in rows] if self.table.columns.text_pair else None
-        tokens = self._tokens([row["text"] for row in rows], pairs)
-        batch = {key: tokens[key] for key in ("input_ids", "attention_mask")}  # T5 takes no token types
-        wanted = self.tokenizer(
-            text_target=[self.targets[position][0] for position in positions],
-            padding=True,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
-        # by the mask: in some tokenizers padding is the end token, which must be learnt
-        batch["labels"] = wanted["input_ids"].masked_fill(wanted["attention_mask"] == 0, -100)
-        return batch
-
-    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(**batch).loss
-
-    def predict(self, model: nn.Module, batch: Batch) -> list[str]:
-        generator: Any = model
-        tokens = generator.generate(
-            input_ids=batch["input_ids"],
-            attention_mask=batch["attention_mask"],
-            max_new_tokens=self.max_length,
-            num_beams=self.beams,
-            do_sample=False,
-        )
-        return self.tokenizer.batch_decode(tokens, skip_special_tokens=True)
-
-    def score(self, predictions: Array, targets: Array) -> dict[str, float | None]:
-        """Metrics of texts against a text or a sequence of texts each."""
-        texts = [str(text) for text in predictions]
-        references = [_references(target) for target in targets]
-        if len(texts) != len(references):
-            raise ValueError(f"{len(texts)} predictions for {len(references)} targets")
-        return {"bleu": bleu(texts, references), **rouge(texts, references), **meteor(texts, references)}
-
-
-TASKS: dict[str, type[Task]] = {task.name: task for task in (PairSimilarity, Classification, Regression, Generation)}
-
-
-def make_task(name: str, table: Table, tokenizer: Any, *, source: str, max_length: int) -> Task:
-    """The task called ``name``, or for ``auto`` the one the columns and the model suggest.
-
-    Two texts with many-valued numbers on an embedding model are pair similarity; other many-valued numbers are
-    regression; everything else is classification. Generation has to be asked for.
-    """
-    if name == "auto":
-        name = _guess(table, source)
-    if name not in TASKS:
-        raise UserError(f"unknown task {name!r}; expected auto, {', '.join(TASKS)}")
-    return TASKS[name](table, tokenizer, max_length)
-
-
-def _guess(table: Table, source: str) -> str:
-    labels = [_plain(row["label"]) for row in table.rows]
-    numeric = all(isinstance(label, int | float) and not isinstance(label, bool) for label in labels)
-    fractional = numeric and any(float(label) != int(label) for label in labels)
-    if not numeric or not (fractional or len(set(labels)) > 20):
-        return Classification.name
-    if table.columns.text_pair is not None and _is_embedding_model(source):
-        return PairSimilarity.name
-    return Regression.name
-
-
-def _is_embedding_model(source: str) -> bool:
-    """Sentence-transformers folders carry modules.json; bare encoders name no head in their architecture."""
-    folder = Path(source)
-    if (folder / "modules.json").is_file():
-        return True
-    from transformers import AutoConfig
-
-    architectures = AutoConfig.from_pretrained(source).architectures or []
-    return all("For" not in name and "LMHead" not in name for name in architectures)
-
-
 def _pooling_of(source: str) -> str:
     file = Path(source) / "1_Pooling" / "config.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token"):
@@ -449,7 +316,7 @@ def _pooling_of(source: str) -> str:
     return "mean"
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """numpy scalars as Python's, and 1.0 as 1: CSV readers turn integer labels into floats when one is missing."""
     value = value.item() if isinstance(value, np.generic) else value
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -463,10 +330,3 @@ def _correlations(predictions: Array, targets: Array) -> dict[str, float | None]
         "pearson": float(stats.pearsonr(predictions, targets).statistic),
     }
     return {name: value if math.isfinite(value) else None for name, value in found.items()}
-
-
-def _references(label: Any) -> tuple[str, ...]:
-    """The texts of a label: a tuple, so that labels can be compared and counted."""
-    label = label.tolist() if isinstance(label, np.ndarray) else label
-    texts = label if isinstance(label, list | tuple) else [label]
-    return tuple("" if text is None else str(_plain(text)) for text in texts)

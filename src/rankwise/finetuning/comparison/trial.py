@@ -25,7 +25,8 @@ from rankwise.finetuning.methods import adapt, create_optimizer, default_learnin
 from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
 from rankwise.finetuning.named_tasks import NamedTask, load_named_task
 from rankwise.finetuning.settings import FinetuneSettings
-from rankwise.finetuning.tasks import Task, make_task
+from rankwise.finetuning.task_choice import make_task
+from rankwise.finetuning.tasks import Task
 from rankwise.finetuning.training import (
     first_batches,
     make_trainer,

@@ -1,0 +1,165 @@
+"""Prompt and completion: what a batch holds, what the loss is on, what is learnt and said."""
+
+import csv
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from rankwise.cli.main import main
+from rankwise.errors import UserError
+from rankwise.finetuning import FinetuneSettings, finetune, make_task
+from rankwise.finetuning.models import load_model, load_tokenizer
+from rankwise.finetuning.text_tasks import CausalLanguageModel
+from tests.finetuning.test_generation_task import table
+from tests.finetuning.tiny_checkpoint import WORDS
+
+
+def save_tiny_gpt2(folder: Path) -> Path:
+    """A random GPT-2 of two layers and a tokenizer of whole words, whose end token is its padding too, as GPT-2's is."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+    vocabulary = {word: number for number, word in enumerate(["<end>", "<unk>", *WORDS])}
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(3)
+    config = GPT2Config(
+        vocab_size=len(vocabulary), n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+    )  # fmt: skip
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(save_tiny_gpt2(tmp_path_factory.mktemp("gpt2") / "model"))
+
+
+def make(labels: list[Any], source: str, *, length: int = 16, **more: Any) -> CausalLanguageModel:
+    tokenizer, _ = load_tokenizer(source)
+    return CausalLanguageModel(table(labels, **more), tokenizer, length)
+
+
+def words(task: CausalLanguageModel, ids: torch.Tensor) -> list[str]:
+    return task.tokenizer.convert_ids_to_tokens(ids.tolist())
+
+
+def test_a_row_is_prompt_completion_and_end_and_only_the_completion_is_learnt(gpt2: str) -> None:
+    task = make(["sad cloud", "good"], gpt2, texts=["red cat", "blue house river"])
+    batch = task.collate([0, 1])
+    assert words(task, batch["input_ids"][0]) == ["red", "cat", "sad", "cloud", "<end>"]
+    assert words(task, batch["input_ids"][1]) == ["blue", "house", "river", "good", "<end>"]
+    learnt = [words(task, row[row != -100]) for row in batch["labels"]]
+    assert learnt == [["sad", "cloud", "<end>"], ["good", "<end>"]]
+    assert batch["attention_mask"].all()
+
+
+def test_padding_is_not_learnt_though_it_is_the_end_token(gpt2: str) -> None:
+    task = make(["sad", "good dog bird"], gpt2)
+    batch = task.collate([0, 1])
+    assert batch["attention_mask"].sum(1).tolist() == [4, 6]
+    assert (batch["labels"][0] != -100).sum() == 2
+
+
+def test_a_long_prompt_loses_its_beginning_and_a_long_completion_its_end(gpt2: str) -> None:
+    task = make(["sad cloud", "good dog bird cat car road"], gpt2, texts=["red blue green cat dog", "red"], length=5)
+    batch = task.collate([0, 1])
+    assert words(task, batch["input_ids"][0]) == ["cat", "dog", "sad", "cloud", "<end>"]
+    assert words(task, batch["input_ids"][1]) == ["good", "dog", "bird", "cat", "car"]
+
+
+def test_a_second_column_follows_on_a_line_of_its_own(gpt2: str) -> None:
+    task = make(["sad"], gpt2, pair="old new")
+    assert words(task, task.collate([0])["input_ids"][0]) == ["red", "cat", "old", "new", "sad", "<end>"]
+
+
+def test_loss_is_cross_entropy_over_the_completions_tokens(gpt2: str) -> None:
+    task = make(["sad cloud", "good"], gpt2)
+    model = load_model(task, gpt2, None).eval()
+    batch = task.collate([0, 1])
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+    total, count = torch.zeros(()), 0
+    for row, labels in enumerate(batch["labels"]):
+        for place in range(1, len(labels)):
+            if labels[place] != -100:
+                total -= logits[row, place - 1].log_softmax(-1)[labels[place]]
+                count += 1
+    torch.testing.assert_close(task.loss(model, batch), total / count)
+
+
+def overfit(task: CausalLanguageModel, model: nn.Module) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    batch = task.collate([0, 1, 2])
+    for _ in range(120):
+        optimizer.zero_grad()
+        task.loss(model, batch).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_what_was_learnt_by_heart_is_said_and_stops(gpt2: str, beams: int) -> None:
+    texts, completions = ["red cat", "blue house river", "old"], ["good dog bird", "sad cloud", "music"]
+    task = make(completions, gpt2, texts=texts)
+    task.beams = beams
+    model = load_model(task, gpt2, None)
+    overfit(task, model)
+    assert task.predict(model.eval(), task.collate([0, 1, 2])) == completions
+    assert task.score(completions, task.targets)["rouge1"] == pytest.approx(1)
+
+
+def test_the_completion_is_not_shown_when_predicting(gpt2: str) -> None:
+    first, second = make(["sad cloud"], gpt2), make(["good dog bird"], gpt2)
+    model = load_model(first, gpt2, None).eval()
+    torch.manual_seed(0)
+    assert first.predict(model, first.collate([0])) == second.predict(model, second.collate([0]))
+
+
+def test_a_prompt_as_long_as_the_model_leaves_room_to_answer(gpt2: str) -> None:
+    task = make(["sad cloud"], gpt2, texts=["red " * 40], length=32)
+    model = load_model(task, gpt2, None).eval()
+    (text,) = task.predict(model, task.collate([0]))
+    assert len(text.split()) <= 8
+
+
+def test_other_models_are_refused(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    from tests.finetuning.test_generation_task import save_tiny_t5
+
+    for source in (str(tiny.model), str(save_tiny_t5(tmp_path / "t5"))):
+        task = make_task("causal-lm", table(["good"]), SimpleNamespace(), source=source, max_length=8)
+        with pytest.raises(UserError, match="needs a causal language model"):
+            load_model(task, source, None)
+
+
+@pytest.mark.parametrize(("method", "lr"), [("lora", 2e-2), ("deep-lora", 6e-4)])
+def test_a_whole_run(gpt2: str, tmp_path: Path, method: str, lr: float) -> None:
+    rows = [("red cat", "good dog"), ("blue house", "sad cloud"), ("old", "new"), ("warm", "cold")] * 6
+    data = tmp_path / "pairs.csv"
+    with data.open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "completion"), *rows])
+    settings = FinetuneSettings(
+        model=gpt2, data=str(data), out=str(tmp_path / "run"), task="causal-lm", text="prompt", label="completion",
+        method=method, shots=16, steps=300 if method == "deep-lora" else 100, batch_size=8, lr=lr, precision="fp32",
+    )  # fmt: skip
+    result = finetune(settings)
+    before, after = (result["scores"][when]["rouge1"] for when in ("before", "after"))
+    assert after > before + 0.2
+    adapter = (tmp_path / "run" / "adapter" / "adapter_config.json").read_text()
+    assert '"task_type": "CAUSAL_LM"' in adapter
+    assert "lm_head" not in adapter
+
+
+def test_from_the_command_line(gpt2: str, tmp_path: Path) -> None:
+    data = tmp_path / "pairs.csv"
+    data.write_text("prompt,completion\n" + "red cat,good dog\nblue,sad cloud\n" * 6, encoding="utf-8")
+    arguments = f"finetune --model {gpt2} --data {data} --task causal-lm --text prompt --label completion --steps 2"
+    assert main([*arguments.split(), "--shots", "8", "--precision", "fp32", "--out", str(tmp_path / "run")]) == 0
+    assert (tmp_path / "run" / "predictions.csv").is_file()
