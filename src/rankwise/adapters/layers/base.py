@@ -108,6 +108,14 @@ class WeightGradient(Protocol):
         """Add a dense part."""
 
 
+def _no_way_back() -> type:
+    """Stands for the torchao settings that only a model quantized while it was loaded brings along."""
+    raise ValueError(
+        "merging into weights that torchao quantized needs the settings they were quantized with: load the model with "
+        "transformers' quantization_config=TorchAoConfig(...), or keep the adapter beside it"
+    )
+
+
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a layer's weight as a matrix."""
     if isinstance(layer, Conv1D):
@@ -162,7 +170,7 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self.base_layer = base_layer
         base = self.get_base_layer()
         self.quantization_backend = resolve_quantization_backend(
-            base, get_apply_tensor_subclass=get_apply_tensor_subclass
+            base, get_apply_tensor_subclass=get_apply_tensor_subclass or _no_way_back
         )
         self.out_features, self.in_features = matrix_shape(base)
         self.r: dict[str, int] = {}
