@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from rankwise.adapters.config import DeepLoraConfig
 from rankwise.adapters.layers import DeepLoraLayer
-from rankwise.adapters.saved_updates import PREFIX, SavedAdapter, Update, read_adapter_folder, updates_of
+from rankwise.adapters.saved_updates import (
+    PREFIX,
+    SavedAdapter,
+    Update,
+    read_adapter_folder,
+    settings_as_json,
+    updates_of,
+)
 from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.spectral import numerical_rank, rank_for_energy
 
@@ -259,6 +266,4 @@ def _lora_config(config: DeepLoraConfig | LoraConfig, ranks: dict[str, int], lef
         auto_mapping=config.auto_mapping,
         inference_mode=True,
     )
-    content = lora.to_dict()
-    content["target_modules"] = sorted(ranks)
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in content.items()}
+    return settings_as_json(lora)

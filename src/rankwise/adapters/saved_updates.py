@@ -121,6 +121,11 @@ def updates_of(state: Mapping[str, Tensor], config: DeepLoraConfig | LoraConfig)
     return SavedAdapter(config, updates, others, sum(value.nbytes for value in state.values()))
 
 
+def settings_as_json(config: DeepLoraConfig | LoraConfig) -> dict[str, Any]:
+    """What ``adapter_config.json`` holds, with its sets as sorted lists."""
+    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}
+
+
 def _parts(
     state: Mapping[str, Tensor], pattern: re.Pattern[str]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:

@@ -2,17 +2,15 @@
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor
 
 from rankwise.adapters.config import ZERO_LEFT, DeepLoraConfig
 from rankwise.adapters.export import ExportSummary, LayerExport, check_cutoff, truncated
-from rankwise.adapters.saved_updates import PREFIX, Update, read_adapter_folder
+from rankwise.adapters.saved_updates import PREFIX, Update, read_adapter_folder, settings_as_json
 from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.spectral import haar_frame
 
@@ -103,7 +101,7 @@ def deeplora_from_adapter(
     tensors |= adapter.others
     with replacing_folder(Path(path)) as folder:
         save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, kind="deeplora")
-        write_json(folder / CONFIG_NAME, _as_json(config))
+        write_json(folder / CONFIG_NAME, settings_as_json(config))
     return ExportSummary(Path(path), layers, adapter.bytes, sum(value.nbytes for value in tensors.values()))
 
 
@@ -131,7 +129,3 @@ def _factors(
         free -= Vh.mT @ (Vh @ free)
         right[k:] = torch.linalg.qr(free)[0].mT
     return {"left": left, "inner": torch.diag(core).expand(depth, width, width).clone(), "right": right}
-
-
-def _as_json(config: DeepLoraConfig | LoraConfig) -> dict[str, Any]:
-    return {key: sorted(value) if isinstance(value, set) else value for key, value in config.to_dict().items()}

@@ -25,10 +25,9 @@ Array = NDArray[np.floating]
 Callback = Callable[[dict[str, Any]], None]
 
 _IRRELEVANT = 1e-4  # a direction whose part of an entry has less than this much of the noise's variance is dropped
-_CLOSER, _CERTAIN = 0.4, 2
-_UNTOLD = (
-    0.5  # a direction whose mean is less than this much of its spread is on its way to zero, by ever smaller steps
-)
+# by a direction's mean over its spread: from _CERTAIN on it stays; below _UNTOLD it is on its way to zero, by ever smaller
+# steps; while there is any in between, the sweeps go on to _CLOSER of the tolerance
+_CERTAIN, _UNTOLD, _CLOSER = 2, 0.5, 0.4
 _SETTLED = 0.01  # relative change of the noise's precision in a sweep
 _TINY = float(np.finfo(np.float64).tiny)
 _FIXED = 1e12  # the prior precision of an intercept that is left out
@@ -173,7 +172,7 @@ def fit_evidence(
         precision = observations.count / max(float(squares.sum()), least)
         noise = precision**-0.5
         uncertainty = noise * ((M.shape[1] - 1) * sum(observations.whole_shape) / observations.count) ** 0.5
-        turned = _turn(M_before, M, row_power) / max(uncertainty, float(np.finfo(np.float64).tiny))
+        turned = _turn(M_before, M, row_power) / max(uncertainty, _TINY)
         change = abs(precision - before) / precision
         # mean over spread, rows and columns together
         told = np.sqrt(row_power * column_power / np.maximum(row_variance * column_variance, _TINY))[1:]

@@ -44,8 +44,8 @@ _CAREFUL_SLACK = 2  # directions that may come and go again on the careful path
 _NEARLY_FITTED = 30  # times the tolerance: how well fewer directions must fit to be preferred
 _WEAK_DIRECTION = 1e-3  # of the largest: worth a try to do without
 _LITTLE_NOISE = 0.2  # of the entries' spread: noiseless entries that are too few for the quick path look like less
-_SHRUNKEN = 1.2  # of the spread: a walk that leaves so much noise has hardly begun
-_NO_NOISE = 0.02  # likewise: the noise of entries whose matrix is all but found
+_NO_NOISE = 0.02  # likewise: of entries whose matrix is all but found
+_SHRUNKEN = 1.2  # likewise: a walk that leaves so much has hardly begun
 _LARGEST_DEFAULT_RANK = 40
 _CHEAP_RANK = 20  # with so few directions at most, all may be let in to see what they leave
 _CLOSE, _NEAR = 3e-3, 1e-2  # how close the sweeps of the evidence come to their end
@@ -88,7 +88,9 @@ def solve(
     rank = min(options.rank or default_rank(observations), *observations.whole_shape)
     # gradient descent starts from ε in the values' own units; the others know no unit, but floating point does
     unit = 1.0 if options.solver == "gradient-descent" else _unit(observations)
-    inside = observations.with_values(observations.values / observations.values.dtype.type(unit))
+    inside = observations
+    if unit != 1:
+        inside = observations.with_values(observations.values / observations.values.dtype.type(unit))
     task = _Task(inside, options, rank, start and start.scaled(1 / unit), _in_units(callback, unit))
     if observations.share is not None:
         found = _together(task)
@@ -280,7 +282,8 @@ def _believed(task: _Task, walk: _Walk | None, most: int, trusted: int) -> Poste
         if walk is None or walk.end.reason == "rank":
             walk = _walk(task, most, most, to_the_end=True)
         tops += [_swept(task, _start(task, walk, most)), _swept(task, _spectral_start(task, most))]
-        return max(tops, key=lambda top: log_evidence(top, task.observations))
+        heights = [log_evidence(top, task.observations) for top in tops]
+        return tops[task.observations.collective.agreed(int(np.argmax(heights)))]
     if tops and not _leaves_a_direction(task, tops[0]):
         return tops[0]
     for width in sorted({trusted, most}):

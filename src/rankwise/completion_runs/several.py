@@ -25,10 +25,10 @@ class Others:
 
     def fit(self, folder: Path) -> "Observations":
         """They start to fit their rows of the entries kept in the folder; the first's own rows are returned."""
-        from rankwise.completion.reading import load_share
+        from rankwise.completion.reading import load_entries
 
         self._together.parts(_FIT)
-        return load_share(folder, self._together)
+        return load_entries(folder, self._together)
 
     def calibrate(self) -> None:
         self._together.parts(_CALIBRATE)
@@ -39,12 +39,12 @@ class Others:
 
 def follow(folder: Path, settings: CompletionSettings, jobs: int | None, together: "Collective") -> None:
     """What a process beside the first does: its share of whatever comes, until the end."""
-    from rankwise.completion.reading import load_share
+    from rankwise.completion.reading import load_entries
 
     model = settings.model(jobs)
     while (work := together.parts(None)[0]) != _END:
         if work == _FIT:
-            model.fit(load_share(folder, together))
+            model.fit(load_entries(folder, together))
         elif work == _CALIBRATE:
             model.calibrate()
 

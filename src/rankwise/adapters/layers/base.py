@@ -88,11 +88,13 @@ class DirectionDropout(nn.Module):
         super().__init__()
         self.p = p
 
-    def forward(self, projected: Float[Tensor, "*rows r"]) -> Float[Tensor, "*rows r"]:
+    def forward(self, projected: Tensor, dim: int = -1) -> Tensor:
+        """``dim`` is where the directions are; the rows of the batch come first."""
         if not self.training or projected.ndim < 2:
             return projected
-        kept = projected.new_ones(projected.shape[0], *([1] * (projected.ndim - 2)), projected.shape[-1])
-        return projected * nn.functional.dropout(kept, self.p)
+        shape = [1] * projected.ndim
+        shape[0], shape[dim] = projected.shape[0], projected.shape[dim]
+        return projected * nn.functional.dropout(projected.new_ones(shape), self.p)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
@@ -188,6 +190,11 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self.update_layer(adapter_name, r, **settings)
 
     # -- what a kind of layer says --------------------------------------------------------------------------------
+
+    @property
+    def direction_dim(self) -> int:
+        """Where in Vᵀx the directions are, from the end."""
+        return -1
 
     def project(self, x: Tensor, right: Float[Tensor, "r n"], adapter_name: str) -> Tensor:
         """Vᵀx, for ``right`` = Vᵀ in the dtype to compute in; dropout of the input included."""
@@ -339,7 +346,8 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         round: casting r × d beats copying tokens × d."""
         x = x if not x.is_floating_point() or x.dtype == dtype else x.to(dtype)
         projected = self.project(x, self.factors(adapter_name).right.to(dtype), adapter_name)
-        return self.deeplora_direction_dropout[adapter_name](projected)
+        hidden = self.deeplora_direction_dropout[adapter_name]
+        return hidden(projected, self.direction_dim) if isinstance(hidden, DirectionDropout) else projected
 
     def _add_updates_by_row(self, result: Tensor, x: Tensor, adapter_names: list[str]) -> Tensor:
         """Each row of the batch with its own adapter, or none (``"__base__"``)."""

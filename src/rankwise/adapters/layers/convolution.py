@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from rankwise.adapters.layers.base import DeepLoraLayer, DirectionDropout, WeightGradient
+from rankwise.adapters.layers.base import DeepLoraLayer, WeightGradient
 
 PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,14 +22,9 @@ class DeepLoraConv(DeepLoraLayer):
         kernels = right.view(-1, *base.weight.shape[1:])
         return base._conv_forward(self.deeplora_dropout[adapter_name](x), kernels, None)
 
-    def projected(self, x: Tensor, adapter_name: str, dtype: torch.dtype) -> Tensor:
-        x = x if x.dtype == dtype else x.to(dtype)
-        projected = self.project(x, self.factors(adapter_name).right.to(dtype), adapter_name)
-        hidden = self.deeplora_direction_dropout[adapter_name]
-        if not isinstance(hidden, DirectionDropout):
-            return projected
-        channels = projected.ndim - self._dimensions() - 1
-        return hidden(projected.movedim(channels, -1)).movedim(-1, channels)
+    @property
+    def direction_dim(self) -> int:
+        return -1 - self._dimensions()
 
     def lift(self, projected: Tensor, B: Float[Tensor, "m r"]) -> Tensor:
         convolve = (nn.functional.conv1d, nn.functional.conv2d, nn.functional.conv3d)[self._dimensions() - 1]

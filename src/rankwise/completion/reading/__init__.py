@@ -4,7 +4,6 @@ from rankwise.completion.reading.entry_cache import (
     Labels,
     load_entries,
     load_labels,
-    load_share,
     save_entries,
     save_labels,
 )
@@ -19,7 +18,6 @@ __all__ = [
     "Picture",
     "load_entries",
     "load_labels",
-    "load_share",
     "read_image",
     "read_matrix",
     "read_table",

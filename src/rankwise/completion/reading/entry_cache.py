@@ -8,9 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 
-from rankwise.completion.collective import Collective
+from rankwise.completion.collective import ALONE, Collective
 from rankwise.completion.observations import Observations
 from rankwise.completion.sharding import row_cuts
 from rankwise.errors import UserError
@@ -67,27 +66,8 @@ def save_entries(observations: Observations, folder: Path) -> None:
     save_tensors(tensors, folder / ENTRIES_FILE, kind="observed-entries")
 
 
-def load_entries(folder: Path) -> Observations:
-    """The entries that :func:`save_entries` wrote.
-
-    Raises:
-        UserError: they are missing or damaged.
-    """
-    file = folder / ENTRIES_FILE
-    try:
-        arrays = {name: tensor.numpy() for name, tensor in load_file(file).items()}
-        height, width = map(int, arrays["shape"])
-        counts = np.diff(arrays["row_starts"])
-        rows = np.repeat(np.arange(height, dtype=np.int32), counts)
-        values = arrays["values"]
-        seen = Observations.from_coordinates(rows, arrays["columns"], values, (height, width), values.dtype)
-        return replace(seen, merged=int(arrays["merged"][0]))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}); start again in a new folder") from None
-
-
-def load_share(folder: Path, together: Collective) -> Observations:
-    """This process's rows of the entries that :func:`save_entries` wrote; only those are read.
+def load_entries(folder: Path, together: Collective = ALONE) -> Observations:
+    """The entries that :func:`save_entries` wrote; of several processes each reads its own rows only.
 
     Raises:
         UserError: they are missing or damaged, or cannot be cut into so many parts.
@@ -108,7 +88,8 @@ def load_share(folder: Path, together: Collective) -> Observations:
         raise UserError(f"{file} is missing or damaged ({error}); every process must see the same run folder") from None
     rows = np.repeat(np.arange(end - first, dtype=np.int32), np.diff(starts[first : end + 1]))
     mine = Observations.from_coordinates(rows, columns, values, (end - first, width), values.dtype)
-    return replace(mine, merged=merged).shared(together, first)
+    mine = replace(mine, merged=merged)
+    return mine if together.size == 1 else mine.shared(together, first)
 
 
 def save_labels(labels: Labels, folder: Path) -> None:
