@@ -15,24 +15,18 @@ from rankwise.finetuning import FinetuneSettings, finetune, make_task
 from rankwise.finetuning.models import load_model, load_tokenizer
 from rankwise.finetuning.text_tasks import CausalLanguageModel
 from tests.finetuning.test_generation_task import table
-from tests.finetuning.tiny_checkpoint import WORDS
+from tests.finetuning.tiny_checkpoint import word_tokenizer
 
 
 def save_tiny_gpt2(folder: Path) -> Path:
     """A random GPT-2 of two layers and a tokenizer of whole words, whose end token is its padding too, as GPT-2's is."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
-    from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+    from transformers import GPT2Config, GPT2LMHeadModel
 
-    vocabulary = {word: number for number, word in enumerate(["<end>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="<end>", unk_token="<unk>")
+    tokenizer = word_tokenizer(["<end>", "<unk>"], eos_token="<end>")
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
     config = GPT2Config(
-        vocab_size=len(vocabulary), n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
+        vocab_size=len(tokenizer), n_positions=32, n_embd=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -19,31 +19,25 @@ from rankwise.finetuning.data import Columns
 from rankwise.finetuning.models import load_model, load_tokenizer
 from rankwise.finetuning.tasks import Classification
 from rankwise.finetuning.text_tasks import Generation
-from tests.finetuning.tiny_checkpoint import WORDS, save_tiny_checkpoint
+from tests.finetuning.tiny_checkpoint import save_tiny_checkpoint, word_tokenizer
 
 PAIRS = [("red cat", "good dog bird"), ("blue house river", "sad cloud")]
 
 
 def save_tiny_t5(folder: Path) -> Path:
     """A random one-layer T5 and a tokenizer of whole words that ends every text with </s>, as T5's does."""
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-    from tokenizers.pre_tokenizers import Whitespace
     from tokenizers.processors import TemplateProcessing
-    from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+    from transformers import T5Config, T5ForConditionalGeneration
 
-    vocabulary = {word: number for number, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
-    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
-    words.pre_tokenizer = Whitespace()
-    words.post_processor = TemplateProcessing("$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+    ends = TemplateProcessing("$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    tokenizer = word_tokenizer(
+        ["<pad>", "</s>", "<unk>"], ends, pad_token="<pad>", eos_token="</s>",
         model_input_names=["input_ids", "token_type_ids", "attention_mask"],
     )  # fmt: skip
     tokenizer.save_pretrained(folder)
     torch.manual_seed(3)
     config = T5Config(
-        vocab_size=len(vocabulary), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0,
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=1, num_heads=4, dropout_rate=0.0,
         pad_token_id=0, eos_token_id=1, decoder_start_token_id=0,
     )  # fmt: skip
     T5ForConditionalGeneration(config).save_pretrained(folder)

@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,6 +42,20 @@ WORDS = [
     "old",
     "new",
 ]
+
+
+def word_tokenizer(special: Sequence[str], post_processor: Any = None, **names: Any) -> Any:
+    """A tokenizer of whole words, the special tokens first; ``names`` says which of them is what."""
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(WordLevel({word: n for n, word in enumerate([*special, *WORDS])}, unk_token="<unk>"))
+    words.pre_tokenizer = Whitespace()
+    if post_processor is not None:
+        words.post_processor = post_processor
+    return PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", **names)
 
 
 def save_tiny_checkpoint(folder: Path, *, embedding: bool = True, dropout: float = 0.1) -> Path:

@@ -14,8 +14,8 @@ from rankwise.completion.estimator import DeepMatrixCompletion, IntervalPredicti
 from rankwise.completion.gradient_descent import GradientDescentResult, gradient_descent
 from rankwise.completion.intervals import Calibration
 from rankwise.completion.observations import Observations, as_observations
+from rankwise.completion.recovery import default_rank
 from rankwise.completion.sharding import shard_rows
-from rankwise.completion.solver import default_rank
 
 __all__ = [
     "Calibration",

@@ -13,11 +13,12 @@ from sklearn.utils.validation import check_is_fitted, validate_data
 
 from rankwise.completion import kernels, storage
 from rankwise.completion.balanced import deep_factors
+from rankwise.completion.fit_task import Callback
 from rankwise.completion.intervals import Calibration, calibrate
 from rankwise.completion.observations import Observations, as_observations
 from rankwise.completion.options import SolverOptions
 from rankwise.completion.solution import Solution
-from rankwise.completion.solver import Callback, solve
+from rankwise.completion.solver import solve
 from rankwise.errors import UserError
 
 Array = NDArray[np.floating]

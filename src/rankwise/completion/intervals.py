@@ -5,9 +5,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from rankwise.completion.fit_task import Callback
 from rankwise.completion.observations import Observations
 from rankwise.completion.options import SolverOptions
-from rankwise.completion.solver import Callback, held_out_mask, solve
+from rankwise.completion.solver import held_out_mask, solve
 from rankwise.errors import UserError
 
 _MOST_SCORES = 20_000
