@@ -180,7 +180,7 @@ def hard(kappa: float, oversampling: float, draws: int) -> dict[str, Any]:
         seconds.append(time.perf_counter() - start)
         errors.append(relative_error(model.left_, model.right_, A, B))
         ranks.append(model.rank_)
-        steps.append(sum(entry["stage"] != "evidence" for entry in model.history_))
+        steps.append(sum("path" in entry["stage"] for entry in model.history_))
     result = {
         "condition": kappa,
         "oversampling": oversampling,

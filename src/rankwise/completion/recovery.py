@@ -71,7 +71,8 @@ def walk_quickly(task: FitTask, most: int, trusted: int, *, to_the_end: bool = F
         rest = rest.with_values(intercepts.residual(rest))
         most += _INTERCEPT_DIRECTIONS
     bound = max(1, min(most, trusted + 1))
-    end = task.follow(rest, "path", max_rank=bound, trusted_rank=None if to_the_end else max(1, trusted))
+    stage, trusts = ("whole path", None) if to_the_end else ("path", max(1, trusted))
+    end = task.follow(rest, stage, max_rank=bound, trusted_rank=trusts)
     return Walk(end, rest, intercepts, unasked)
 
 

@@ -74,12 +74,13 @@ def weigh(task: FitTask, recovers: bool = False) -> Solution:
 def _believed(task: FitTask, walk: Walk | None, most: int, trusted: int) -> Posterior:
     """The evidence from an earlier solution, or from the end of a walk; with more directions if all have support."""
     earlier = _as_posterior(task)
-    tops = [] if earlier is None else [_swept(task, earlier)]
+    tops = [] if earlier is None else [_swept(task, earlier, "resumed")]
     if most <= _CHEAP_RANK:
         # the bound that the sweeps climb has several tops: where it costs little, the highest that several ways lead to
         if walk is None or walk.end.reason == "rank":
             walk = walk_quickly(task, most, most, to_the_end=True)
-        tops += [_swept(task, _start(task, walk, most)), _swept(task, _spectral_start(task, most))]
+        tops.append(_swept(task, _start(task, walk, most)))
+        tops.append(_swept(task, _spectral_start(task, most), "2nd evidence"))
         heights = [log_evidence(top, task.observations) for top in tops]
         return tops[task.observations.collective.agreed(int(np.argmax(heights)))]
     if tops and not _leaves_a_direction(task, tops[0]):
@@ -114,14 +115,14 @@ def _rank(posterior: Posterior) -> int:
     return posterior.column_means.shape[1] - 1
 
 
-def _swept(task: FitTask, start: Posterior) -> Posterior:
+def _swept(task: FitTask, start: Posterior, stage: str = "evidence") -> Posterior:
     cheap = min(task.rank, default_rank(task.observations)) <= _CHEAP_RANK
     return fit_evidence(
         task.observations,
         start,
         tolerance=_CLOSE if cheap else _NEAR,
         max_iter=task.options.iterations(300),
-        callback=task.note("evidence"),
+        callback=task.note(stage),
     )
 
 

@@ -247,9 +247,12 @@ def _stages(metrics: list[dict[str, Any]]) -> str:
     """What each stage that was gone through is for."""
     meaning = {
         "path": "path: weight decay falls until the entries are fitted, or more directions are needed than they support",
+        "whole path": "whole path: the same until the residual no longer falls, however many directions it takes",
         "careful path": "careful path: the path again in small steps",
         "held-out path": "held-out path: the path without the entries held out, to find where to stop",
-        "evidence": "evidence: sweeps until noise and directions settle",
+        "evidence": "evidence: sweeps from the path's end until noise and directions settle",
+        "2nd evidence": "2nd evidence: the same from the spectrum; what explains the entries better is taken",
+        "resumed": "resumed: the same from the last fit",
         "descent": "descent: gradient descent on all factors",
         "held-out descent": "held-out descent: descent without the entries held out, to find where to stop",
     }
