@@ -95,7 +95,7 @@ def create_optimizer(model: nn.Module, task: "Task", settings: "FinetuneSettings
 
 def head_parameters(model: nn.Module, task: "Task") -> list[nn.Parameter]:
     """Parameters of the task's own head on top of the pretrained body; none where the task has no head."""
-    if task.peft_task_type != "SEQ_CLS":
+    if not task.has_head:
         return []
     if hasattr(model, "peft_config"):
         return [p for name, p in model.named_parameters() if ".modules_to_save." in name]

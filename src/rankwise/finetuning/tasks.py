@@ -24,6 +24,8 @@ class Task(ABC):
     name: str
     primary_metric: str
     peft_task_type: str | None
+    has_head: bool = False
+    """Whether the model carries a head of this task's own on top of the pretrained body."""
     ridge_fits: bool = False
     """Whether ``predict`` gives one differentiable number a row that the pretrained model has already learned to give:
     what a closed-form fit needs. A head at its random start has not."""
@@ -149,6 +151,7 @@ class HeadTask(Task):
     """A sequence classifier of transformers with its own head."""
 
     peft_task_type = "SEQ_CLS"
+    has_head = True
 
     def collate(self, positions: Sequence[int]) -> Batch:
         rows = [self.table.rows[position] for position in positions]
