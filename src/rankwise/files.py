@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -51,6 +52,17 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def storage_problem(error: BaseException) -> str | None:
+    """Why a write failed, if that is what the exception says: torch and safetensors wrap the system's own."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    said = str(error)
+    wrapped = isinstance(error, SafetensorError) and "error: " in said.lower()
+    if wrapped or (isinstance(error, RuntimeError) and ("PytorchStreamWriter" in said or "file write" in said)):
+        return said.splitlines()[0]
+    return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

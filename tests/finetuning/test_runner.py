@@ -1,6 +1,5 @@
 """Whole runs on a tiny checkpoint: what they leave behind, and that stopping changes nothing."""
 
-import csv
 import json
 import math
 import os
@@ -19,46 +18,16 @@ import pytest
 import torch
 
 from rankwise.errors import UserError
-from rankwise.finetuning import FinetuneSettings, Interrupted, finetune, make_task, read_table, resume
+from rankwise.finetuning import Interrupted, finetune, make_task, read_table, resume
 from rankwise.finetuning.models import load_model, load_tokenizer
 from rankwise.finetuning.tasks import PairSimilarity
+from tests.finetuning.run_outcomes import STEPS, losses, outcome, predictions, settings
 from tests.finetuning.tiny_checkpoint import offline_environment, save_tiny_checkpoint, write_csv, write_pairs
 
 DATA = {"pair-similarity": "pairs", "classification": "classes", "regression": "ratings"}
 SECRET = "hf_" + "notARealToken" * 2
-STEPS = 8
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
-
-
-def settings(tiny: SimpleNamespace, out: Path, **changes: Any) -> FinetuneSettings:
-    """Eight steps over seventeen rows in batches of four: epochs end in the middle of a run, the last batch is short."""
-    values: dict[str, Any] = {
-        "model": tiny.model, "data": tiny.pairs, "out": str(out), "shots": 17, "steps": STEPS, "batch_size": 4,
-        "r": 4, "precision": "fp32", "lr": 2e-2, "init_scale": 0.1, "save_every": 2, "solver": "train",
-    }  # fmt: skip
-    return FinetuneSettings(**{**values, **changes})
-
-
-def predictions(folder: Path) -> list[dict[str, str]]:
-    with (folder / "predictions.csv").open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def losses(folder: Path) -> list[tuple[int, float]]:
-    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    header, *entries = map(json.loads, lines)
-    assert header == {"format_version": 1}
-    return [(entry["step"], entry["loss"]) for entry in entries]
-
-
-def outcome(folder: Path) -> tuple[str, list[tuple[int, float]], dict[str, Any]]:
-    """All that a run found, without how long it took."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    result.pop("seconds_per_step")
-    for size in ("adapter_bytes", "exported_bytes"):
-        result.pop(size)  # safetensors' header may differ by padding
-    return (folder / "predictions.csv").read_text(encoding="utf-8"), losses(folder), result
 
 
 @pytest.fixture(
@@ -342,11 +311,11 @@ def test_an_unfinished_checkpoint_is_passed_over(
 def test_killed_while_finishing(
     tiny: SimpleNamespace, tmp_path: Path, whole: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rankwise.finetuning import runner
+    from rankwise.finetuning import run_results
 
     out = tmp_path / "stopped"
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "_write_predictions", lambda *_: be_killed())
+        patch.setattr(run_results, "_write_predictions", lambda *_: be_killed())
         with pytest.raises(_KilledError):
             finetune(settings(tiny, out))
     assert (out / "adapter").is_dir()

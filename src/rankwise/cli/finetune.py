@@ -1,6 +1,9 @@
 """``rankwise finetune``."""
 
-from typing import Annotated
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -20,7 +23,7 @@ result.json, predictions.csv and report.html. Ctrl-C leaves a run that goes on w
   rankwise finetune --resume --out runs/deep
 """
 
-_DATA, _ADAPTER, _TRAINING = "Data", "Adapter", "Training"
+_DATA, _ADAPTER, _TRAINING, _STOPPING = "Data", "Adapter", "Training", "Early stopping"
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def finetune(
+    context: typer.Context,
     out: Annotated[str, typer.Option(help="Run folder to create.")],
     model: Annotated[str | None, typer.Option(help="Model folder, or a hub name such as org/name.")] = None,
     data: Annotated[
@@ -125,7 +129,34 @@ def finetune(
             help="Of the rates: linear (warm-up, then down to 0; the default) or constant.", rich_help_panel=_TRAINING
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Rows a step.", rich_help_panel=_TRAINING)] = 16,
+    batch_size: Annotated[
+        int, typer.Option(help="Rows a step, of all processes and passes together.", rich_help_panel=_TRAINING)
+    ] = 16,
+    accumulate: Annotated[
+        int,
+        typer.Option(
+            help="Passes that a step's rows are taken in, one after the other: less memory, the same step.",
+            rich_help_panel=_TRAINING,
+        ),
+    ] = 1,
+    early_stopping: Annotated[
+        int | None,
+        typer.Option(
+            help="Stop after so many scores in a row, on labelled rows set apart, that are no better than the best; keep "
+            "the adapter of the best.",
+            rich_help_panel=_STOPPING,
+        ),
+    ] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(help="Steps between those scores (a tenth of the run).", rich_help_panel=_STOPPING)
+    ] = None,
+    validation_rows: Annotated[
+        int | None,
+        typer.Option(help="Labelled rows set apart for them (a fifth), not trained on.", rich_help_panel=_STOPPING),
+    ] = None,
+    validation_data: Annotated[
+        str | None, typer.Option(help="File that brings such rows instead.", rich_help_panel=_STOPPING)
+    ] = None,
     init_batches: Annotated[
         int, typer.Option(help="Batches averaged for the gradient that places U and V.", rich_help_panel=_TRAINING)
     ] = 1,
@@ -136,9 +167,13 @@ def finetune(
     save_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints (a tenth of the run).", rich_help_panel=_TRAINING)
     ] = None,
+    processes: Annotated[
+        int | None,
+        typer.Option(help="Processes that share each step; one for each GPU unless given.", rich_help_panel=_TRAINING),
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out; its settings count.")] = False,
-) -> None:
-    console = Console(stderr=True)
+) -> int:
+    console = Console(stderr=True, quiet=os.environ.get("RANK", "0") != "0")
     with console.status("loading PyTorch and transformers"):
         runner, settings_module = _load()
     if resume:
@@ -146,9 +181,10 @@ def finetune(
             raise UserError(
                 "--resume takes the model, data and settings from the run folder; leave --model and --data out"
             )
-        runner.resume(out, console)
-        _write_report(out, console)
-        return
+        if (Path(out) / "result.json").is_file() and not (Path(out) / "report.html").is_file():
+            return _write_report(out, console)  # killed between the two
+        launched = _on_processes(context, lambda: processes or runner.processes_of(out))
+        return launched if launched is not None else _write_report_of(runner.resume(out, console), out, console)
     offered = [settings_module.AUTO, *(name for name, m in settings_module.METHODS.items() if m.offered)]
     if method not in offered:
         raise UserError(f"--method must be one of {', '.join(offered)}, got {method} (rankwise compare has more)")
@@ -197,14 +233,19 @@ def finetune(
         head_lr=head_lr,
         steps=steps,
         batch_size=batch_size,
+        accumulate=accumulate,
+        early_stopping=early_stopping,
+        validate_every=validate_every,
+        validation_rows=validation_rows,
+        validation_data=validation_data,
         init_batches=init_batches,
         max_length=max_length,
         precision=precision,
         save_every=save_every,
         **values,
     )
-    runner.finetune(settings, console)
-    _write_report(out, console)
+    launched = _on_processes(context, lambda: processes or runner.usual_processes(batch_size, accumulate))
+    return launched if launched is not None else _write_report_of(runner.finetune(settings, console), out, console)
 
 
 def _load():  # type: ignore[no-untyped-def]
@@ -220,14 +261,33 @@ def _load():  # type: ignore[no-untyped-def]
     return runner, settings
 
 
-def _write_report(out: str, console: Console) -> None:
-    from pathlib import Path
+def _on_processes(context: typer.Context, wanted: Callable[[], int]) -> int | None:
+    """The exit code of the command, run anew in as many processes as wanted; None where this process is to do the work."""
+    from rankwise.finetuning import launching
 
+    if launching.is_launched() or (count := wanted()) == 1:
+        return None
+    if count < 1:
+        raise UserError(f"--processes must be at least 1, got {count}")
+    return launching.run_on_processes(context.obj, count)
+
+
+def _write_report_of(result: dict[str, Any], out: str, console: Console) -> int:
+    from rankwise.finetuning.processes import end_launched
+
+    if result:  # only the first process has one
+        _write_report(out, console)
+    end_launched()
+    return 0
+
+
+def _write_report(out: str, console: Console) -> int:
     from rankwise.diagnostics import write_report
 
     try:
         page = write_report([out], Path(out) / "report.html")
     except UserError as error:  # the run itself is whole: a missing matplotlib must not fail it
         console.print(f"no report: {error}", highlight=False, markup=False, soft_wrap=True)
-        return
+        return 0
     console.print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+    return 0

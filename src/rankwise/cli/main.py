@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import time
 from typing import Annotated, Any
 
 import typer
@@ -21,6 +22,7 @@ app = typer.Typer(
 
 # typer raises click's exceptions, its own copy of them in newer versions: found by the name both carry
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
+_PATIENCE = 5  # seconds that a launcher has to end the other processes
 _INTERRUPTED = 130  # what newer versions of typer make of a KeyboardInterrupt
 _COMMANDS = ("finetune", "compare", "complete", "export", "report")
 
@@ -56,7 +58,8 @@ def main(arguments: list[str] | None = None) -> int:
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     debug = bool(os.environ.get("RANKWISE_DEBUG"))
     try:
-        outcome = app(args=arguments, prog_name="rankwise", standalone_mode=False)
+        given = sys.argv[1:] if arguments is None else arguments
+        outcome = app(args=given, prog_name="rankwise", standalone_mode=False, obj=given)
     except typer.Abort:
         return _complain("interrupted", 1)
     except _USAGE_ERROR as error:
@@ -80,7 +83,7 @@ def _report_failure(error: Exception) -> int:
     if isinstance(error, UserError):
         return _complain(str(error), 2)
     if isinstance(error, Interrupted):
-        return _complain(str(error), 1)
+        return 1 if _is_a_further_process() else _complain(str(error), 1)
     if isinstance(error, MemoryError):
         return _complain("out of memory; a smaller batch, a shorter maximal length or a lower rank needs less", 1)
     if isinstance(error, OSError):
@@ -93,8 +96,15 @@ def _report_failure(error: Exception) -> int:
 
 
 def _complain(message: str, code: int) -> int:
+    if _is_a_further_process():  # of several with one mistake the first says it, and ends the others
+        time.sleep(_PATIENCE)
+        message = f"process {os.environ['RANK']}: {message}"
     Console(stderr=True).print(f"[bold red]error:[/bold red] {_escaped(message)}", highlight=False, soft_wrap=True)
     return code
+
+
+def _is_a_further_process() -> bool:
+    return os.environ.get("RANK", "0") != "0"
 
 
 def _escaped(message: str) -> str:

@@ -2,11 +2,15 @@
 
 import json
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rankwise.errors import UserError
-from rankwise.files import write_json
+from rankwise.errors import Interrupted, UserError
+from rankwise.files import storage_problem, write_json
+from rankwise.finetuning.checkpoints import whole_checkpoints
 
 FORMAT_VERSION = 1
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "numpy")  # whose versions a run records
@@ -43,6 +47,33 @@ class RunFolder:
         if taken:
             hint = "; continue it with --resume," if self.config_file.is_file() else ";"
             raise UserError(f"the output folder {self.path} is in use{hint} or choose another with --out")
+
+    @property
+    def how_to_go_on(self) -> str:
+        return f"go on with\n  rankwise finetune --resume --out {self.path}"
+
+    @contextmanager
+    def storing(self, what: str) -> Iterator[None]:
+        """A failed write ends a run that can be gone on with.
+
+        Raises:
+            Interrupted: no space left, or another reason that the system gives.
+        """
+        try:
+            yield
+        except Exception as error:
+            problem = storage_problem(error)
+            if problem is None:
+                raise
+            raise Interrupted(
+                f"cannot write {what} to {self.path}: {problem}. What was written before is whole; free some space or "
+                f"mend the folder, then {self.how_to_go_on}"
+            ) from error
+
+    def clear_unfinished_results(self) -> None:
+        """Remove what a run that was killed while it finished left behind."""
+        for leftover in (self.adapter, self.lora, *self.path.glob(".adapter.*"), *self.path.glob(".lora.*")):
+            shutil.rmtree(leftover, ignore_errors=True)
 
     def read_config(self) -> dict[str, Any]:
         if not os.path.isfile(self.config_file):  # noqa: PTH113  # no exception for a name that is too long
@@ -92,10 +123,5 @@ class RunFolder:
         write_json(file, {"format_version": FORMAT_VERSION, **content})
 
     def last_checkpoint(self) -> tuple[int, Path] | None:
-        """(step, folder) of the newest complete checkpoint: one that Trainer had finished writing."""
-        found = []
-        for folder in self.checkpoints.glob("checkpoint-*"):
-            number = folder.name.removeprefix("checkpoint-")
-            if number.isdigit() and (folder / "trainer_state.json").is_file() and (folder / "optimizer.pt").is_file():
-                found.append((int(number), folder))
-        return max(found, default=None)
+        """(step, folder) of the newest whole checkpoint."""
+        return next(iter(whole_checkpoints(self.checkpoints)), None)

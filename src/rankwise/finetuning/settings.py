@@ -86,6 +86,13 @@ class FinetuneSettings:
             with the zero-left variant, else 1.
         schedule: of all rates: ``linear`` (up over the first tenth of the steps, then down to 0) or ``constant``, the
             paper's.
+        batch_size: rows of an optimizer step, of all processes and passes together.
+        accumulate: forward passes a process takes for a step, one after the other: less memory, the same step.
+        early_stopping: stop after so many scores in a row, on rows set apart, that are no better than the best, and keep
+            the adapter of the best; None trains to the end.
+        validate_every: steps between those scores; a tenth of the run unless given.
+        validation_rows: how many of the labelled rows are set apart for them; a fifth unless given.
+        validation_data: a file that brings such rows instead.
         init_batches: batches averaged for the gradient that places U and V.
         max_length: tokens kept of every text.
         precision: auto measures bf16 autocast against fp32 on this machine and takes it only where it is faster.
@@ -120,15 +127,29 @@ class FinetuneSettings:
     steps: int = 200
     schedule: str = "linear"
     batch_size: int = 16
+    accumulate: int = 1
+    early_stopping: int | None = None
+    validate_every: int | None = None
+    validation_rows: int | None = None
+    validation_data: str | None = None
     init_batches: int = 1
     max_length: int = 128
     precision: str = "auto"
     save_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "r", "inner_depth", "init_batches", "max_length", "eval_limit"):
+        for name in (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "r",
+            "inner_depth",
+            "init_batches",
+            "max_length",
+            "eval_limit",
+        ):
             _require(getattr(self, name) >= 1, name, "at least 1", getattr(self, name))
-        for name in ("shots", "save_every"):
+        for name in ("shots", "save_every", "early_stopping", "validate_every", "validation_rows"):
             value = getattr(self, name)
             _require(value is None or value >= 1, name, "at least 1", value)
         for name in ("lr", "head_lr", "adam_eps", "init_scale"):
@@ -148,6 +169,12 @@ class FinetuneSettings:
         _require(self.schedule in SCHEDULES, "schedule", f"one of {', '.join(SCHEDULES)}", self.schedule)
         _require(self.precision in PRECISIONS, "precision", f"one of {', '.join(PRECISIONS)}", self.precision)
 
+        for name in ("validate_every", "validation_rows", "validation_data"):
+            value = getattr(self, name)
+            _require(value is None or self.early_stopping is not None, name, "given with --early-stopping only", value)
+        both = self.validation_rows is not None and self.validation_data is not None
+        _require(not both, "validation_rows", "left out where --validation-data brings the rows", self.validation_rows)
+
     @property
     def learning_rate(self) -> float:
         return self.lr if self.lr is not None else usual_learning_rate(self.method, self.variant)
@@ -163,6 +190,10 @@ class FinetuneSettings:
     @property
     def checkpoint_every(self) -> int:
         return self.save_every if self.save_every is not None else max(1, self.steps // 10)
+
+    @property
+    def score_every(self) -> int:
+        return self.validate_every if self.validate_every is not None else max(1, self.steps // 10)
 
     @property
     def folder(self) -> Path:

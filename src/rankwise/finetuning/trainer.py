@@ -1,120 +1,74 @@
-"""transformers' Trainer, with a task's loss, our progress bar and a gentle Ctrl-C."""
+"""transformers' Trainer, with a task's loss, steps that are the same on any number of processes, and sealed checkpoints."""
 
-import math
-import signal
-import sys
-import threading
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import Dataset
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import Trainer
 
 from rankwise.finetuning import methods
-from rankwise.finetuning.run_folder import RunFolder
+from rankwise.finetuning.checkpoints import seal
+from rankwise.finetuning.early_stopping import EarlyStopping
+from rankwise.finetuning.processes import Processes
 from rankwise.finetuning.settings import FinetuneSettings
+from rankwise.finetuning.step_batches import STEP_WEIGHT, StepBatches, StepLoader
 from rankwise.finetuning.tasks import Task
-
-
-class Positions(Dataset[int]):
-    """Row numbers; the task's collate turns them into tensors."""
-
-    def __init__(self, positions: Sequence[int]):
-        self.positions = list(positions)
-
-    def __len__(self) -> int:
-        return len(self.positions)
-
-    def __getitem__(self, index: int) -> int:
-        return self.positions[index]
 
 
 class TaskTrainer(Trainer):
     """Trainer whose loss is the task's, and the method's penalty if it has one."""
 
-    def __init__(self, *, task: Task, settings: FinetuneSettings, **kwargs: Any):
-        super().__init__(**kwargs)
-        self.task, self.settings = task, settings
+    def __init__(
+        self,
+        *,
+        task: Task,
+        settings: FinetuneSettings,
+        positions: Sequence[int],
+        processes: Processes,
+        early_stopping: EarlyStopping | None,
+        **kwargs: Any,
+    ):
+        self.task, self.settings, self.processes, self.early_stopping = task, settings, processes, early_stopping
+        batches = StepBatches(
+            positions,
+            settings.batch_size,
+            getattr(task, "items", len),
+            seed=settings.seed,
+            passes=settings.accumulate,
+            processes=processes.count,
+            rank=processes.rank,
+        )
+        self._loader = StepLoader(batches, task)
+        super().__init__(train_dataset=self._loader.dataset, **kwargs)
         self.model_accepts_loss_kwargs = False
+        self._normalizations = [m for m in kwargs["model"].modules() if isinstance(m, _BatchNorm)]
+
+    def get_train_dataloader(self) -> StepLoader:
+        return self._loader
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        loss = self.task.loss(model, inputs)
+        for module in self._normalizations:
+            module.eval()  # running statistics are no part of an adapter: they stay the pretrained model's
+        batch = dict(inputs)
+        weight = batch.pop(STEP_WEIGHT)
+        loss = self.task.loss(model, batch)
+        if weight != 1.0:
+            loss = loss * weight
         extra = methods.penalty(model, self.settings)
         if extra is not None:
             loss = loss + extra
         return (loss, {}) if return_outputs else loss
 
-
-class RunRecorder(TrainerCallback):
-    """Appends every step's loss to metrics.jsonl, shows progress on a terminal, stops at a checkpoint on Ctrl-C."""
-
-    def __init__(self, folder: RunFolder, console: Console, steps: int):
-        self.folder, self.steps = folder, steps
-        self.interrupted = False
-        self.step_started = 0.0
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-            transient=True,
-        )
-        self.bar = self.progress.add_task("training", total=steps, loss="...")
-
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.start()
-        self.progress.update(self.bar, completed=state.global_step)
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.step_started = time.perf_counter()
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.seconds = time.perf_counter() - self.step_started
-        if self.interrupted:
-            control.should_save = True
-            control.should_training_stop = True
-
-    def on_log(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: dict[str, float], **_: Any
-    ) -> None:
-        if "loss" not in logs:
-            return
-        loss = float(logs["loss"])
-        kept = loss if math.isfinite(loss) else None  # JSON has no NaN
-        self.folder.append_metrics(step=state.global_step, loss=kept, seconds=round(self.seconds, 5))
-        self.progress.update(self.bar, completed=state.global_step, loss=f"{loss:.4f}")
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self.progress.stop()
-
-    @contextmanager
-    def catching_interrupts(self) -> Iterator[None]:
-        """First Ctrl-C: finish the step, save, stop. Second: stop at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
-        def note(_signal: int, _frame: object) -> None:
-            if self.interrupted:
-                raise KeyboardInterrupt
-            self.interrupted = True
-            print("\nfinishing this step, then saving (Ctrl-C again to stop at once) ...", file=sys.stderr)
-
-        before = signal.signal(signal.SIGINT, note)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGINT, before)
-            self.progress.stop()
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        self.processes.wait()  # every process has a random state of its own to write
+        if self.processes.first:
+            checkpoint = Path(self.args.output_dir or ".") / f"checkpoint-{self.state.global_step}"
+            if self.early_stopping is not None:
+                self.early_stopping.save(checkpoint)
+            seal(checkpoint)
+        self.processes.wait()

@@ -20,10 +20,12 @@ from rankwise.adapters import (
 )
 from rankwise.errors import UserError
 from rankwise.finetuning import methods
+from rankwise.finetuning.early_stopping import EarlyStopping
 from rankwise.finetuning.precision import autocast
+from rankwise.finetuning.processes import ALONE, Processes
 from rankwise.finetuning.settings import MEASURED_ROWS, RIDGE_ROWS, WARM_UP, FinetuneSettings
 from rankwise.finetuning.tasks import Batch, Classification, Task
-from rankwise.finetuning.trainer import Positions, TaskTrainer
+from rankwise.finetuning.trainer import TaskTrainer
 
 _EVALUATION_BATCH = 64
 
@@ -75,6 +77,10 @@ def solver_of(task: Task, settings: FinetuneSettings, rows: int) -> str:
     """
     if settings.method != "deep-lora":
         return "train"
+    if settings.early_stopping is not None:
+        if settings.solver == "ridge":
+            raise UserError("--early-stopping has no steps to stop at with --solver ridge; leave one of them out")
+        return "train"
     if settings.solver == "auto":
         return "ridge" if _can_be_solved(task, rows) else "train"
     if settings.solver == "ridge" and not task.ridge_fits:
@@ -108,6 +114,21 @@ def solve(
         raise UserError(str(error)) from None
 
 
+def parts_of_a_step(settings: FinetuneSettings, processes: Processes) -> int:
+    """How many forward passes share the rows of a step.
+
+    Raises:
+        UserError: they cannot be shared out evenly.
+    """
+    parts = processes.count * settings.accumulate
+    if settings.batch_size % parts:
+        raise UserError(
+            f"a step of --batch-size {settings.batch_size} rows cannot be shared out evenly: {processes.count} processes × "
+            f"--accumulate {settings.accumulate} passes are {parts} parts; choose a multiple of {parts}"
+        )
+    return parts
+
+
 def make_trainer(
     model: nn.Module,
     task: Task,
@@ -119,15 +140,20 @@ def make_trainer(
     output: Path,
     save_every: int | None,
     callbacks: Sequence[TrainerCallback] = (),
+    processes: Processes = ALONE,
+    early_stopping: EarlyStopping | None = None,
 ) -> TaskTrainer:
     """A trainer over these rows of the task's table; ``save_every=None`` writes no checkpoints."""
+    parts = parts_of_a_step(settings, processes)
     saving: dict[str, Any] = (
         {"save_strategy": "no"} if save_every is None else {"save_steps": save_every, "save_total_limit": 2}
     )
     arguments = TrainingArguments(
         output_dir=str(output),
         max_steps=settings.steps,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=settings.batch_size // parts,
+        gradient_accumulation_steps=settings.accumulate,
+        ddp_find_unused_parameters=_may_leave_layers_out(model),
         learning_rate=settings.learning_rate,
         lr_scheduler_type=settings.schedule,
         warmup_steps=round(WARM_UP * settings.steps) if settings.schedule == "linear" else 0,
@@ -144,18 +170,26 @@ def make_trainer(
         log_level="error",
         **saving,
     )
+    # without it Trainer would spread a batch over all GPUs of one process by threads, which no task's loss is made for
+    arguments._n_gpu = min(arguments.n_gpu, 1)
     trainer = TaskTrainer(
         task=task,
         settings=settings,
+        positions=positions,
+        processes=processes,
+        early_stopping=early_stopping,
         model=model,
         args=arguments,
-        train_dataset=Positions(positions),
-        data_collator=task.collate,
         optimizers=(optimizer, None),
-        callbacks=[*methods.callbacks(settings), *callbacks],
+        callbacks=[*methods.callbacks(settings), *([early_stopping] if early_stopping else []), *callbacks],
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def _may_leave_layers_out(model: nn.Module) -> bool:
+    """Whether a step can pass layers by, as a mixture of experts does: looking for them costs every other model time."""
+    return any("expert" in part for name, _ in model.named_modules() for part in name.split("."))
 
 
 @contextmanager
@@ -178,20 +212,24 @@ def require_finite(model: nn.Module, settings: FinetuneSettings) -> None:
         )
 
 
-def predict_rows(task: Task, model: nn.Module, positions: Sequence[int]) -> Any:
-    """Predictions on these rows in their order, in fp32 and eval mode: an array, or a list of texts."""
+def predict_rows(task: Task, model: nn.Module, positions: Sequence[int], processes: Processes = ALONE) -> Any:
+    """Predictions on these rows in their order, in fp32 and eval mode: an array, or a list of texts.
+
+    The rows are shared by the processes, and all get the predictions of all.
+    """
     where = next(model.parameters()).device
     was_training = model.training
     model.eval()
     order = sorted(positions, key=lambda p: len(task.table.rows[p]["text"]))  # equal lengths together: little padding
-    predictions: dict[int, Any] = {}
+    order = processes.mine(order)
+    found: list[tuple[int, Any]] = []
     with torch.no_grad():
         for start in range(0, len(order), _EVALUATION_BATCH):
             chunk = order[start : start + _EVALUATION_BATCH]
             batch = {key: value.to(where) for key, value in task.collate(chunk).items()}
-            found = task.predict(model, batch)
-            values = found.cpu().tolist() if isinstance(found, torch.Tensor) else found
-            predictions.update(zip(chunk, values, strict=True))
+            values = task.predict(model, batch)
+            found.extend(zip(chunk, values.cpu().tolist() if isinstance(values, torch.Tensor) else values, strict=True))
     model.train(was_training)
+    predictions = dict(processes.together(found))
     ordered = [predictions[p] for p in positions]
     return ordered if ordered and isinstance(ordered[0], str) else np.array(ordered)

@@ -1,0 +1,128 @@
+"""Which rows train, which decide when to stop, and which are held out to score."""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from rankwise.errors import UserError
+from rankwise.finetuning.data import Table, draw, read_table
+from rankwise.finetuning.settings import FinetuneSettings
+from rankwise.finetuning.tasks import Task
+
+
+@dataclass(frozen=True)
+class RowSplit:
+    """Positions in one table.
+
+    Attributes:
+        train: what is trained on.
+        validation: what early stopping looks at, never trained on; empty without it.
+        held_out: what the run is scored on, never looked at before.
+    """
+
+    train: list[int]
+    validation: list[int]
+    held_out: list[int]
+
+
+@dataclass(frozen=True)
+class LabelledRows:
+    """All rows of a run in one table: of --data first, then of --eval-data, then of --validation-data."""
+
+    table: Table
+    of_data: int
+    of_eval_data: int
+    of_validation_data: int
+
+    def require_unchanged(self, revision: str, settings: FinetuneSettings) -> None:
+        """Refuse to go on with other rows than a run began with.
+
+        Raises:
+            UserError: naming the first file that has changed.
+        """
+        if revision == self.table.revision:
+            return
+        files = [f for f in (settings.data, settings.eval_data, settings.validation_data) if f is not None]
+        pairs = zip(files, revision.split("+"), self.table.revision.split("+"), strict=False)
+        changed = next((file for file, was, now in pairs if was != now), settings.data)
+        raise UserError(f"{changed} has changed since the run began; start a new run or restore the file")
+
+
+def read_rows(settings: FinetuneSettings) -> LabelledRows:
+    """The tables that the settings name, as one.
+
+    Raises:
+        UserError: see :func:`rankwise.finetuning.data.read_table`.
+    """
+    table = read_table(settings.data, text=settings.text, text_pair=settings.text_pair, label=settings.label)
+    columns = table.columns
+    counts = [len(table.rows)]
+    for file in (settings.eval_data, settings.validation_data):
+        if file is None:
+            counts.append(0)
+            continue
+        more = read_table(file, text=columns.text, text_pair=columns.text_pair, label=columns.label)
+        counts.append(len(more.rows))
+        table = replace(
+            table,
+            rows=table.rows + more.rows,
+            revision=f"{table.revision}+{more.revision}",
+            dropped=table.dropped + more.dropped,
+        )
+    return LabelledRows(table, *counts)
+
+
+def split_rows(settings: FinetuneSettings, rows: LabelledRows) -> RowSplit:
+    """The split that the settings ask for, drawn by the seed.
+
+    Raises:
+        UserError: fewer rows than asked for, or none left to hold out or to train on.
+    """
+    count = rows.of_data
+    if settings.shots is not None and settings.shots > count:
+        raise UserError(f"--shots {settings.shots} asks for more rows than {settings.data} has ({count})")
+    if settings.eval_data is not None:
+        train, _ = draw(count, settings.shots or count, settings.seed)
+        held_out = list(range(count, count + rows.of_eval_data))
+    else:
+        shots = settings.shots if settings.shots is not None else max(1, count - max(1, count // 5))
+        train, held_out = draw(count, shots, settings.seed)
+        if not held_out:
+            raise UserError(
+                f"all {count} rows of {settings.data} would be trained on and none held out; "
+                "lower --shots or name a file with --eval-data"
+            )
+    if len(held_out) > settings.eval_limit:
+        chosen, _ = draw(len(held_out), settings.eval_limit, settings.seed)
+        held_out = [held_out[i] for i in chosen]
+    train, validation = _set_apart(settings, rows, train)
+    return RowSplit(train, validation, held_out)
+
+
+def _set_apart(settings: FinetuneSettings, rows: LabelledRows, train: list[int]) -> tuple[list[int], list[int]]:
+    """(rows to train on, rows to decide by): the labelled rows pay for both, unless a file brings the latter."""
+    if settings.early_stopping is None:
+        return train, []
+    if settings.validation_data is not None:
+        start = rows.of_data + rows.of_eval_data
+        return train, list(range(start, start + rows.of_validation_data))
+    size = settings.validation_rows if settings.validation_rows is not None else max(1, len(train) // 5)
+    if size >= len(train):
+        raise UserError(
+            f"--early-stopping sets {size} of the {len(train)} labelled rows apart, which leaves none to train on; "
+            "lower --validation-rows, or name a file with --validation-data"
+        )
+    apart, kept = draw(len(train), size, settings.seed)
+    return [train[i] for i in kept], [train[i] for i in apart]
+
+
+def require_different_labels(task: Task, split: RowSplit) -> None:
+    """Refuse training rows from which nothing can be learnt.
+
+    Raises:
+        UserError: all have the same label.
+    """
+    if len(np.unique(task.targets[split.train])) < 2:
+        raise UserError(
+            f"all {len(split.train)} training rows have the same label; take more --shots or another --seed"
+        )
