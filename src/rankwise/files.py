@@ -59,17 +59,24 @@ def storage_problem(error: BaseException) -> str | None:
     if isinstance(error, OSError):
         return error.strerror or str(error)
     said = str(error)
-    wrapped = isinstance(error, SafetensorError) and "error: " in said.lower()
-    if wrapped or (isinstance(error, RuntimeError) and ("PytorchStreamWriter" in said or "file write" in said)):
+    if isinstance(error, SafetensorError) and "error: " in said.lower():
         return said.splitlines()[0]
+    # torch does not pass the system's reason on
+    if isinstance(error, RuntimeError) and any(words in said for words in ("PytorchStreamWriter", "iostream error")):
+        return f"torch could not write a file ({said.splitlines()[0]})"
     return None
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """UTF-8 JSON, written whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n")
+
+
+def write_text(path: Path, content: str, *, newline: str | None = None) -> None:
+    """UTF-8 text, written whole or not at all; ``newline`` as :func:`open` has it."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(json.dumps(content, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(content, encoding="utf-8", newline=newline)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

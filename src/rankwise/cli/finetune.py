@@ -181,8 +181,8 @@ def finetune(
             raise UserError(
                 "--resume takes the model, data and settings from the run folder; leave --model and --data out"
             )
-        if (Path(out) / "result.json").is_file() and not (Path(out) / "report.html").is_file():
-            return _write_report(out, console)  # killed between the two
+        if runner.tidied(out):  # it had its results, but was killed before the report
+            return _write_report(out, console)
         launched = _on_processes(context, lambda: processes or runner.processes_of(out))
         return launched if launched is not None else _write_report_of(runner.resume(out, console), out, console)
     offered = [settings_module.AUTO, *(name for name, m in settings_module.METHODS.items() if m.offered)]

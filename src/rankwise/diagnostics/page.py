@@ -2,9 +2,10 @@
 
 import html
 import math
-import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+
+from rankwise.files import write_text
 
 # Nothing may be fetched: not by the page, not by anything a data set or a folder name smuggled into it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -95,9 +96,4 @@ def number(value: float | None, spec: str) -> str:
 def write_page(target: Path, text: str) -> None:
     """Write the page whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(target, text)

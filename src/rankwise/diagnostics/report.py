@@ -70,11 +70,12 @@ def write_report(
         ("Adapter size", "Bytes of the safetensors files.", plots.sizes_figure(loaded)),
     ]
     drawn = [(name, note, plots.as_svg(figure, name)) for name, note, figure in figures]
-    page.write_page(target, _page(title, loaded, drawn, checks or {}))
+    text = _page(title, loaded, drawn, checks or {})
     write_json(
         target.with_suffix(".json"),
         {"format_version": FORMAT_VERSION, "title": title, "runs": loaded, "checks": checks or {}},
     )
+    page.write_page(target, text)  # last: where the page is, all is
     return target
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rankwise.errors import Interrupted, UserError
-from rankwise.files import storage_problem, write_json
+from rankwise.files import storage_problem, write_json, write_text
 from rankwise.finetuning.checkpoints import whole_checkpoints
 
 FORMAT_VERSION = 1
@@ -35,13 +35,17 @@ class RunFolder:
         self.require_free()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._clear_temporaries()
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.path}: {error.strerror}") from None
 
     def require_free(self) -> None:
         """Refuse a folder that holds anything already, or a path that cannot be one."""
         try:
-            taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+            # a process killed while it wrote its first file has left nothing but that file's beginning
+            taken = self.path.exists() and (
+                not self.path.is_dir() or any(not _is_temporary(file) for file in self.path.iterdir())
+            )
         except OSError as error:
             raise UserError(f"cannot use the output folder {self.path}: {error.strerror}") from None
         if taken:
@@ -72,8 +76,22 @@ class RunFolder:
 
     def clear_unfinished_results(self) -> None:
         """Remove what a run that was killed while it finished left behind."""
+        self._clear_temporaries()
         for leftover in (self.adapter, self.lora, *self.path.glob(".adapter.*"), *self.path.glob(".lora.*")):
             shutil.rmtree(leftover, ignore_errors=True)
+
+    def clear_after_results(self) -> bool:
+        """Remove what is of no use once the results are there; whether anything was, or the report is still missing."""
+        left = [self.checkpoints] if self.checkpoints.exists() else []
+        left += [file for file in self.path.iterdir() if _is_temporary(file)]
+        shutil.rmtree(self.checkpoints, ignore_errors=True)
+        self._clear_temporaries()
+        return bool(left) or not self.report_file.is_file()
+
+    def _clear_temporaries(self) -> None:
+        for file in self.path.iterdir():
+            if _is_temporary(file):
+                file.unlink(missing_ok=True)
 
     def read_config(self) -> dict[str, Any]:
         if not os.path.isfile(self.config_file):  # noqa: PTH113  # no exception for a name that is too long
@@ -115,9 +133,7 @@ class RunFolder:
         kept = [{"format_version": FORMAT_VERSION}, *(e for e in self.read_metrics() if e["step"] <= step)]
         if not self.metrics_file.is_file():
             return
-        temporary = self.metrics_file.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(entry) + "\n" for entry in kept), encoding="utf-8")
-        temporary.replace(self.metrics_file)
+        write_text(self.metrics_file, "".join(json.dumps(entry) + "\n" for entry in kept))
 
     def write(self, file: Path, content: dict[str, Any]) -> None:
         write_json(file, {"format_version": FORMAT_VERSION, **content})
@@ -125,3 +141,8 @@ class RunFolder:
     def last_checkpoint(self) -> tuple[int, Path] | None:
         """(step, folder) of the newest whole checkpoint."""
         return next(iter(whole_checkpoints(self.checkpoints)), None)
+
+
+def _is_temporary(file: Path) -> bool:
+    """A file on its way: written under such a name, then renamed."""
+    return file.name.startswith(".") and file.suffix == ".tmp"

@@ -2,8 +2,6 @@
 
 import csv
 import io
-import os
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from torch import nn
 from rankwise.adapters import save_as_lora
 from rankwise.diagnostics import adapter_spectra
 from rankwise.environment import environment
-from rankwise.files import replacing_folder
+from rankwise.files import replacing_folder, write_text
 from rankwise.finetuning.row_split import RowSplit
 from rankwise.finetuning.run_folder import PACKAGES, RunFolder
 from rankwise.finetuning.settings import FinetuneSettings
@@ -108,7 +106,7 @@ def write_results(
         "layers": [asdict(layer) for layer in layers],
     }
     folder.write(folder.result_file, result)
-    shutil.rmtree(folder.checkpoints, ignore_errors=True)
+    folder.clear_after_results()
     console.print(_summary_line(result), highlight=False, soft_wrap=True)
     return result
 
@@ -137,9 +135,7 @@ def _write_predictions(folder: RunFolder, task: Task, split: RowSplit, before: S
     writer.writerow(["row", "target", "before", "after"])
     for position, was, now in zip(split.held_out, before.predictions, after.predictions, strict=True):
         writer.writerow([task.table.rows[position]["row"], task.targets[position], was, now])
-    temporary = folder.predictions_file.with_suffix(".tmp")
-    temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(temporary, folder.predictions_file)
+    write_text(folder.predictions_file, text.getvalue(), newline="")
 
 
 def _folder_bytes(folder: Path) -> int:

@@ -42,7 +42,7 @@ from rankwise.finetuning.training import (
     solver_of,
 )
 
-__all__ = ["finetune", "processes_of", "resume", "usual_processes"]
+__all__ = ["finetune", "processes_of", "resume", "tidied", "usual_processes"]
 
 logger = logging.getLogger(__name__)
 _QUIET = Console(stderr=True, quiet=True)
@@ -82,6 +82,12 @@ def resume(out: str | os.PathLike[str], console: Console | None = None) -> dict[
         raise UserError(f"the run in {folder.path} is finished: its scores are in {folder.result_file}")
     settings = replace(FinetuneSettings.from_dict(config["settings"]), out=str(out))
     return _Run(settings, folder, console, config).done()
+
+
+def tidied(out: str | os.PathLike[str]) -> bool:
+    """Whether a run that has its results was killed before it ended; what it left behind is then removed."""
+    folder = RunFolder(Path(out))
+    return folder.result_file.is_file() and folder.clear_after_results()
 
 
 def processes_of(out: str | os.PathLike[str]) -> int:
