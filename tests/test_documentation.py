@@ -59,11 +59,28 @@ def _tiny_setting() -> dict[str, Any]:
     from datasets import Dataset
     from torch.utils.data import DataLoader
 
-    from tests.tiny_models import tiny_bert, token_batch
+    from tests.finetuning.tiny_checkpoint import sentences, word_tokenizer
+    from tests.tiny_models import tiny_bert, tiny_llama, token_batch
 
     rows = token_batch(rows=16)
     train_dataset = Dataset.from_dict({key: value.tolist() for key, value in rows.items()}).with_format("torch")
-    return {"model": tiny_bert(), "train_dataset": train_dataset, "batches": DataLoader(train_dataset, batch_size=8)}
+    return {
+        "model": tiny_bert(),
+        "train_dataset": train_dataset,
+        "batches": DataLoader(train_dataset, batch_size=8),
+        "causal_lm": tiny_llama(eos_token_id=0, pad_token_id=2, bos_token_id=None),
+        "tokenizer": word_tokenizer(["<end>", "<unk>", "<pad>"], eos_token="<end>", pad_token="<pad>"),
+        "texts": sentences(16),
+    }
+
+
+def _pages() -> list[Any]:
+    """Every page; the one that imports other trainers takes seconds."""
+    slow = {"interoperability.md"}
+    return [
+        pytest.param(page, id=page.name, marks=[pytest.mark.slow] if page.name in slow else [])
+        for page in sorted((ROOT / "docs").glob("*.md"))
+    ]
 
 
 def test_readme_trainer_example_is_at_most_fifteen_lines_and_runs(
@@ -77,7 +94,8 @@ def test_readme_trainer_example_is_at_most_fifteen_lines_and_runs(
     assert (tmp_path / "lora" / "adapter_model.safetensors").is_file()
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", _pages())
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 def test_examples_on_documentation_pages_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "docs" / "data", tmp_path / "docs" / "data")  # named from the root of a checkout
