@@ -73,7 +73,8 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def write_text(path: Path, content: str, *, newline: str | None = None) -> None:
-    """UTF-8 text, written whole or not at all; ``newline`` as :func:`open` has it."""
+    """UTF-8 text, written whole or not at all, in a folder that is made if need be; ``newline`` as :func:`open` has it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(content, encoding="utf-8", newline=newline)

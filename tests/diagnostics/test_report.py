@@ -305,3 +305,20 @@ def test_without_matplotlib(two: list[Path], tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"reports need matplotlib .*pip install 'rankwise\[report\]'"):
         write_report(two, tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
+
+
+def test_what_early_stopping_looked_at_is_drawn(tmp_path: Path) -> None:
+    entries = [{"step": s, "loss": 1 / s, "seconds": 0.01} for s in range(1, 7)]
+    entries += [{"step": s, "validation": score} for s, score in ((2, 0.5), (4, None), (6, 0.25))]
+    kept = {"metric": "spearman", "best_step": 2, "best_score": 0.5, "stopped_early": True}
+    run = finished_run(tmp_path / "run", metrics=entries, early_stopping=kept, validation_rows=9)
+    write_report([run], tmp_path / "page.html")
+    facts = json.loads((tmp_path / "page.json").read_text(encoding="utf-8"))["runs"][0]
+    assert (facts["validation_steps"], facts["validation_scores"]) == ([2, 6], [0.5, 0.25])
+    assert len(facts["steps"]) == 6
+    assert "When to stop" in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_without_early_stopping_nothing_is_said_of_it(tmp_path: Path) -> None:
+    write_report([finished_run(tmp_path / "run")], tmp_path / "page.html")
+    assert "When to stop" not in (tmp_path / "page.html").read_text(encoding="utf-8")

@@ -17,6 +17,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator
 from rankwise.diagnostics import page, plots
 from rankwise.diagnostics.page import number
 from rankwise.errors import UserError
+from rankwise.files import write_text
 
 PICTURES = {"original.png": "as given", "observed.png": "what was observed", "filled.png": "filled"}
 _LARGEST_PICTURE = 20_000_000  # bytes; a browser holds three of them
@@ -48,7 +49,7 @@ def write_completion_report(folder: Path) -> Path:
     config, summary, metrics = _read(folder)
     target = folder / "report.html"
     try:
-        page.write_page(target, _page(folder, config, summary, metrics))
+        write_text(target, _page(folder, config, summary, metrics))
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} is damaged or was made by another version of rankwise ({error!r})") from None
     return target

@@ -3,9 +3,6 @@
 import html
 import math
 from collections.abc import Collection, Sequence
-from pathlib import Path
-
-from rankwise.files import write_text
 
 # Nothing may be fetched: not by the page, not by anything a data set or a folder name smuggled into it.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
@@ -91,9 +88,3 @@ def preformatted(text: str) -> str:
 
 def number(value: float | None, spec: str) -> str:
     return "undefined" if value is None or not math.isfinite(value) else format(value, spec)
-
-
-def write_page(target: Path, text: str) -> None:
-    """Write the page whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    write_text(target, text)

@@ -91,6 +91,26 @@ def loss_figure(runs: Sequence[Run]) -> Figure:
     return figure
 
 
+def validation_figure(runs: Sequence[Run]) -> Figure:
+    """The score that early stopping looked at, by step, and the step that it went back to."""
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 3.2))
+        axes = figure.add_subplot()
+        for index, run in enumerate(runs):
+            if not run["validation_steps"]:
+                continue
+            axes.plot(
+                run["validation_steps"], run["validation_scores"],
+                color=colour(index), marker="o", markersize=4, linewidth=2, label=_short(run["label"]),
+            )  # fmt: skip
+            axes.axvline(run["early_stopping"]["best_step"], color=colour(index), linestyle="--", linewidth=1)
+        axes.set_xlabel("step")
+        axes.set_ylabel(runs[0]["metric"])
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
+    return figure
+
+
 def spectrum_figure(runs: Sequence[Run]) -> Figure:
     """Singular values of every ΔW, one panel a run, one line a layer."""
     with matplotlib.rc_context(_STYLE):

@@ -9,7 +9,7 @@ from typing import Any
 from rankwise.diagnostics import page
 from rankwise.diagnostics.page import number
 from rankwise.errors import UserError
-from rankwise.files import write_json
+from rankwise.files import write_json, write_text
 
 FORMAT_VERSION = 1
 
@@ -69,13 +69,16 @@ def write_report(
         ),
         ("Adapter size", "Bytes of the safetensors files.", plots.sizes_figure(loaded)),
     ]
+    if any(run["validation_steps"] for run in loaded):
+        note = "On labelled rows set apart. Dashed: the step whose adapter was kept."
+        figures.insert(2, ("When to stop", note, plots.validation_figure(loaded)))
     drawn = [(name, note, plots.as_svg(figure, name)) for name, note, figure in figures]
     text = _page(title, loaded, drawn, checks or {})
     write_json(
         target.with_suffix(".json"),
         {"format_version": FORMAT_VERSION, "title": title, "runs": loaded, "checks": checks or {}},
     )
-    page.write_page(target, text)  # last: where the page is, all is
+    write_text(target, text)  # last: where the page is, all is
     return target
 
 
@@ -85,7 +88,7 @@ def read_run(folder: Path) -> dict[str, Any]:
         result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [entry for entry in map(json.loads, lines) if entry.get("loss") is not None]
+        metrics = [json.loads(line) for line in lines]
     except (FileNotFoundError, NotADirectoryError) as error:
         name = Path(str(error.filename)).name
         raise UserError(f"{folder} is no finished run: it has no {name}") from None
@@ -102,6 +105,8 @@ def _facts(
 ) -> dict[str, Any]:
     metric = result["primary_metric"]
     settings = config["settings"]
+    trained = [entry for entry in metrics if entry.get("loss") is not None]
+    validated = [entry for entry in metrics if entry.get("validation") is not None]
     return {
         "label": _LABELS.get(result["method"], result["method"]),
         "folder": folder.resolve().as_posix(),
@@ -123,8 +128,12 @@ def _facts(
         "adapter_bytes": result["adapter_bytes"],
         "exported_bytes": result["exported_bytes"],
         "layers": result["layers"],
-        "steps": [entry["step"] for entry in metrics],
-        "losses": [entry["loss"] for entry in metrics],
+        "steps": [entry["step"] for entry in trained],
+        "losses": [entry["loss"] for entry in trained],
+        "early_stopping": result.get("early_stopping"),
+        "validation_rows": result.get("validation_rows", 0),
+        "validation_steps": [entry["step"] for entry in validated],
+        "validation_scores": [entry["validation"] for entry in validated],
     }
 
 

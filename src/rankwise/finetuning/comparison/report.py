@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rankwise.diagnostics import page
 from rankwise.errors import UserError
+from rankwise.files import write_text
 from rankwise.finetuning.comparison.statistics import UNADAPTED, Row, method_label
 from rankwise.finetuning.comparison.summary import find_comparison, interval_text, main_comparison, short_label
 
@@ -60,7 +61,7 @@ def write_comparison_report(
         _settings(settings),
     ]
     target = Path(folder) / "report.html"
-    page.write_page(target, page.page(_TITLE, summary["headline"], "\n".join(part for part in parts if part)))
+    write_text(target, page.page(_TITLE, summary["headline"], "\n".join(part for part in parts if part)))
     return target
 
 
