@@ -27,6 +27,7 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, *, kind: str) -> None:
             key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()
         }
         save_file(contiguous, temporary, metadata={"format": "pt", "format_version": FORMAT_VERSION, "kind": kind})
+        _share(temporary)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -46,12 +47,20 @@ def replacing_folder(target: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.chmod(0o755)  # mkdtemp makes it private; the folder is shared like any other
+        for file in temporary.rglob("*"):
+            _share(file)
         if target.exists():
             target.rmdir()
         os.replace(temporary, target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _share(file: Path) -> None:
+    """A file of safetensors is private to its owner, which nobody who saves a model expects."""
+    if file.is_file():
+        file.chmod(file.stat().st_mode | 0o044)
 
 
 def storage_problem(error: BaseException) -> str | None:

@@ -89,6 +89,31 @@ def test_modules_to_save_and_merged_adapters_are_refused() -> None:
         model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
 
 
+@pytest.mark.parametrize("owner", ["default", "second"])
+def test_a_trained_head_of_one_adapter_goes_along(owner: str) -> None:
+    heads = {"default": None, "second": None, owner: ["head"]}
+    model = trained(mlp(), modules_to_save=heads["default"])
+    model.add_adapter("second", DeepLoraConfig(r=2, target_modules=["lin0"], modules_to_save=heads["second"]))
+    disturbed(model, "second", seed=3)
+    head = model.base_model.model.head.modules_to_save
+    with torch.no_grad():
+        head[owner].weight.add_(torch.randn(head[owner].weight.shape))
+    model.add_weighted_adapter(["default", "second"], [1.0, -0.5], "sum")
+    assert torch.equal(head["sum"].weight, head[owner].weight)
+    assert torch.equal(head["sum"].bias, head[owner].bias)
+    with torch.no_grad():  # a copy of its own
+        head[owner].weight.zero_()
+    assert head["sum"].weight.any()
+    assert model.peft_config["sum"].modules_to_save == ["head"]
+
+
+def test_trained_tokens_are_refused() -> None:
+    model = trained(mixed(), target_modules=["square"], trainable_token_indices={"words": [1, 5]})
+    model.add_adapter("second", DeepLoraConfig(r=2, target_modules=["square"]))
+    with pytest.raises(ValueError, match="trainable_token_indices"):
+        model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")
+
+
 def test_the_combined_adapter_exports(tmp_path: Any) -> None:
     model = two(target_modules=["head"])
     model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "sum")

@@ -323,7 +323,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], None], str]] = {
     "no method": (_change(peft_type=None), "only Deep LoRA"),
     "newer format": (_change(format_version=9), "upgrade rankwise"),
     "bad init_scale": (_change(init_scale=-1.0), "init_scale"),
-    "text for a number": (_change(init_scale="small"), "cannot read"),
+    "text for a number": (_change(init_scale="small"), "init_scale must be a number, got 'small'"),
     "factor missing": (_lose_a_factor, "lin1 lacks"),
     "nan": (_nan, "lin0"),
     "shapes do not fit": (_wrong_shape, "lin0|lin1"),

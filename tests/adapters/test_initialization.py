@@ -444,11 +444,6 @@ def _unused_layer(model: nn.Module, batch: Batch) -> Tensor:
     return network.head(torch.tanh(network.lin0(batch[0]))).square().mean()
 
 
-def _never_called(model: nn.Module, batch: Batch) -> Tensor:
-    network = model.get_base_model()
-    return network.head(torch.tanh(network.lin0(batch[0]))).square().mean()
-
-
 class _InfiniteGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -462,7 +457,7 @@ class _InfiniteGradient(torch.autograd.Function):
 REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     "zero gradient": ({"loss_fn": lambda m, b: loss_fn(m, b) * 0}, "lin0"),
     "unused layer": ({"loss_fn": _unused_layer}, "lin1.*zero"),
-    "layer never called": ({"loss_fn": _never_called}, "lin1.*zero"),
+    "layer never reached": ({"loss_fn": lambda m, b: m.get_base_model().head.weight.square().mean() * b[0].mean()}, "lin0.*zero"),
     "loss without the model": ({"loss_fn": lambda m, b: torch.tensor(1.0)}, "lin0.*zero"),
     "nan loss": ({"loss_fn": lambda m, b: loss_fn(m, b) * float("nan")}, "nan"),
     "inf loss": ({"loss_fn": lambda m, b: loss_fn(m, b) * float("inf")}, "inf"),

@@ -197,11 +197,30 @@ def test_trained_tokens(tmp_path: Path) -> None:
 
 
 @feature(
-    "Adapters", "`target_parameters`", "layers are adapted, not bare parameters such as fused experts'", works=False
+    "Adapters",
+    "tied weights: `ensure_weight_tying`",
+    "for `modules_to_save` of `lm_head` or `embed_tokens`; refused for adapted ones",
 )
+def test_ensured_tying() -> None:
+    settings = {"r": 4, "ensure_weight_tying": True, "task_type": "CAUSAL_LM"}
+    base = tiny_gpt2(bos_token_id=0, eos_token_id=0, pad_token_id=0)
+    model = get_peft_model(base, DeepLoraConfig(target_modules=["c_attn"], modules_to_save=["lm_head"], **settings))
+    network = model.get_base_model()
+    assert (
+        network.lm_head.modules_to_save["default"].weight is network.transformer.wte.modules_to_save["default"].weight
+    )
+    with refused(ValueError, "merging unties the weights"):
+        get_peft_model(tiny_gpt2(pad_token_id=0), DeepLoraConfig(target_modules=["wte", "lm_head"], **settings))
+
+
+@feature("Adapters", "`target_parameters`", "one product an expert; without dropout, mixed batches and weighted sums")
 def test_target_parameters() -> None:
-    with refused(ValueError, "target_parameters"):
-        DeepLoraConfig(target_parameters=["experts.gate_up_proj"])
+    model = get_peft_model(Mlp(), DeepLoraConfig(r=4, target_modules=[], target_parameters=["lin1.weight"]))
+    (layer,) = deeplora_layers(disturbed(model)).values()
+    x = torch.randn(3, 20)
+    adapted = model.eval()(x)
+    assert torch.equal(layer.get_delta_weight("default").count_nonzero(), torch.tensor(24 * 24))
+    torch.testing.assert_close(model.merge_and_unload()(x), adapted)
 
 
 @feature("Adapters", "`inject_adapter_in_model`, `set_peft_model_state_dict`")

@@ -125,7 +125,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["export", str(tmp_path / "deep"), "--out", str(tmp_path / "back"), "--rank", "2"]) == 0
     for wrong, says in (
         (["--from", "deep-lora"], "holds a lora adapter, not deep-lora"),
-        (["--to", "ia3"], "--to must be lora or deep-lora"),
+        (["--to", "ia3"], "--to must be lora, deep-lora or gguf"),
         (["--r", "4"], "go with --to deep-lora"),
     ):
         assert main(["export", str(tmp_path / "lora"), "--out", str(tmp_path / "x"), *wrong]) == 2

@@ -13,6 +13,7 @@ except ImportError as error:
 
 from rankwise.adapters.config import DeepLoraConfig
 from rankwise.adapters.export import ExportSummary, LayerExport, export_adapter_folder, save_as_lora
+from rankwise.adapters.gguf import save_as_gguf
 from rankwise.adapters.initialization import (
     InitializationSummary,
     LayerInitialization,
@@ -47,6 +48,7 @@ __all__ = [
     "deeplora_param_groups",
     "export_adapter_folder",
     "initialize_deeplora_weights",
+    "save_as_gguf",
     "save_as_lora",
     "save_subspaces",
     "solve_deeplora_weights",

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from rankwise.adapters.config import ZERO_LEFT, DeepLoraConfig
 from rankwise.adapters.export import truncated_pair
 from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.sharded_weights import gathered
 from rankwise.spectral import numerical_rank
 
 KINDS = ("cat", "svd")
@@ -24,8 +25,9 @@ def combined_update(
     The factors side by side, [w₁B₁ w₂B₂ …]·[A₁; A₂; …], are the sum; a QR of each side and one small SVD recompress it.
     """
     here = [(name, weight) for name, weight in zip(adapters, weights, strict=True) if name in layer.r]
-    B = torch.cat([weight * layer.scaled_left(name) for name, weight in here], dim=1)
-    A = torch.cat([layer.factors(name).right.to(B.dtype) for name, _ in here])
+    with gathered([factor for name, _ in here for factor in layer.factors(name)]):
+        B = torch.cat([weight * layer.scaled_left(name) for name, weight in here], dim=1)
+        A = torch.cat([layer.factors(name).right.to(B.dtype) for name, _ in here])
     U, S, Vh = truncated_pair(B.detach(), layer.without_ignored(A.detach()))
     kept = numerical_rank(S, shape=(layer.out_features, layer.in_features))
     kept = max(1, kept if rank is None else min(kept, rank))
@@ -45,9 +47,23 @@ def combined_config(
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
+        modules_to_save=sorted({name for config in configs for name in config.modules_to_save or ()}) or None,
         rank_pattern={"^" + re.escape(name): width for name, width in widths.items() if width != largest},
         layouts=dict(layouts),
     )
+
+
+@torch.no_grad()
+def carry_saved_modules(model: nn.Module, adapters: Sequence[str], new_name: str) -> None:
+    """Give the new adapter the trained module (a head) of the one adapter that has it."""
+    for wrapper in model.modules():
+        if not isinstance(wrapper, ModulesToSaveWrapper):
+            continue
+        for owner in (name for name in adapters if name in wrapper.modules_to_save):
+            trained = dict(wrapper.modules_to_save[owner].named_parameters())
+            for name, parameter in wrapper.modules_to_save[new_name].named_parameters():
+                with gathered([trained[name]]), gathered([parameter], writing=True):
+                    parameter.copy_(trained[name])
 
 
 def check_combination(
@@ -80,6 +96,14 @@ def check_combination(
         raise ValueError("combination_type='svd' needs svd_rank, a whole number of at least 1, and 'cat' takes none")
     if any(configs[name].bias != "none" for name in adapters):
         raise ValueError("adapters with trained biases cannot be combined: biases have no rank")
+    if any(configs[name].trainable_token_indices for name in adapters):
+        raise ValueError(
+            "adapters with trained tokens (trainable_token_indices) cannot be combined: tokens have no rank"
+        )
+    if any(configs[name].target_parameters for name in adapters):
+        raise ValueError(
+            "adapters of bare parameters (target_parameters) cannot be combined; merge one after the other"
+        )
     wrappers = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     if any(sum(name in wrapper._adapters for name in adapters) > 1 for wrapper in wrappers):
         raise ValueError("several of the adapters have the same modules_to_save, which cannot be combined")

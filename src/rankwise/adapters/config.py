@@ -85,11 +85,21 @@ class DeepLoraConfig(PeftConfig):
         },
     )
     target_parameters: list[str] | None = field(
-        default=None, metadata={"help": "Not supported: layers are adapted, not bare parameters."}
+        default=None,
+        metadata={
+            "help": "Names of parameters that a module reads itself, such as fused experts: ['experts.gate_up_proj', "
+            "'experts.down_proj']. Without target_modules the linear layers are adapted too; target_modules=[] leaves them out."
+        },
+    )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep an embedding and an output head that share their weight shared where modules_to_save trains it."
+        },
     )
     layouts: dict[str, Any] = field(
         default_factory=dict,
-        metadata={"help": "What the adapted layers that are not linear look like; noted when they are adapted."},
+        metadata={"help": "What adapted weights that are no linear layer's look like; noted when they are adapted."},
     )
     format_version: int = field(default=FORMAT_VERSION, metadata={"help": "Version of the saved layout."})
 
@@ -120,11 +130,8 @@ class DeepLoraConfig(PeftConfig):
             raise ValueError(
                 f"init_scale must be positive (at 0 the inner factors have no gradient), got {self.init_scale!r}"
             )
-        if self.target_parameters:
-            raise ValueError(
-                "target_parameters names bare parameters, such as those of fused experts; Deep LoRA adapts layers: name those "
-                "in target_modules"
-            )
+        if isinstance(self.target_parameters, str):
+            raise ValueError(f"target_parameters must be a list of names, got {self.target_parameters!r}")
         if self.variant not in STARTS:
             raise ValueError(f"variant must be one of {', '.join(STARTS)}, got {self.variant!r}")
         for name, share in (("dropout", self.dropout), ("direction_dropout", self.direction_dropout)):

@@ -5,20 +5,24 @@ singular values of ΔW without forming it, and the truncated pair B = U_k·√S,
 """
 
 import logging
+import math
 import os
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import Tensor, nn
 
 from rankwise.adapters.config import DeepLoraConfig
 from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.parameter_names import KIND as PARAMETER
+from rankwise.adapters.parameter_names import names_in_files
 from rankwise.adapters.saved_updates import (
     PREFIX,
     SavedAdapter,
@@ -27,8 +31,10 @@ from rankwise.adapters.saved_updates import (
     settings_as_json,
     updates_of,
 )
+from rankwise.adapters.sharded_weights import is_first_process
 from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.spectral import numerical_rank, rank_for_energy
+from rankwise.spectral.precision import require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +77,8 @@ def save_as_lora(
     tol: float | None = None,
     adapter_name: str = "default",
     dtype: torch.dtype | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    is_main_process: bool | None = None,
 ) -> ExportSummary:
     """Save an adapter as a plain PEFT LoRA folder that needs no rankwise to load.
 
@@ -78,6 +86,9 @@ def save_as_lora(
     by rounding only. Layers of rank 0 are left out. Each layer's rank and α stand in ``rank_pattern`` and
     ``alpha_pattern`` with α = rank, so the scaling is 1. ``task_type``, ``modules_to_save`` and trained biases go
     along.
+
+    Of a model that FSDP2 or DeepSpeed's ZeRO-3 has sharded, every process calls it, and one writes. No process waits for the
+    one that writes: put a barrier behind it before others read.
 
     Args:
         model: a model with Deep LoRA layers.
@@ -87,6 +98,8 @@ def save_as_lora(
         tol: keep singular values above tol·σ₁ of their layer.
         adapter_name: which adapter.
         dtype: of the saved factors; by default as trained.
+        state_dict: the model's, where somebody else has gathered it (``accelerator.get_state_dict(model)``, for FSDP1).
+        is_main_process: whether this process writes; by default the first of ``torch.distributed`` does.
 
     Returns:
         :class:`ExportSummary`; print it for ranks and bytes before and after.
@@ -107,8 +120,7 @@ def save_as_lora(
         >>> [layer.rank for layer in summary.layers]
         [4]
     """
-    from peft.utils.save_and_load import get_peft_model_state_dict
-
+    writes = is_first_process() if is_main_process is None else is_main_process
     config = getattr(model, "peft_config", {}).get(adapter_name)
     if not isinstance(config, DeepLoraConfig):
         known = ", ".join(getattr(model, "peft_config", {})) or "none"
@@ -120,11 +132,12 @@ def save_as_lora(
         )
     if any(isinstance(module, DeepLoraLayer) and module.merged for module in model.modules()):
         raise ValueError("the adapter is merged into the base weights; call unmerge_adapter() before exporting it")
-    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    given = None if state_dict is None else dict(state_dict)
+    state = get_peft_model_state_dict(model, state_dict=given, adapter_name=adapter_name)
     if config.task_type is None and config.auto_mapping is None and isinstance(model, PeftModel):
         base = type(model.get_base_model())  # as PeftModel.save_pretrained notes it, for AutoPeftModel
         config = replace(config, auto_mapping={"base_model_class": base.__name__, "parent_library": base.__module__})
-    return _export(updates_of(state, config), Path(path), rank, energy, tol, dtype)
+    return _export(updates_of(state, config), Path(path), rank, energy, tol, dtype, writes=writes)
 
 
 def export_adapter_folder(
@@ -160,7 +173,11 @@ def truncated(
     update: Update, rank: int | None, energy: float | None, tol: float | None
 ) -> tuple[Float[Tensor, "m k"], Float[Tensor, " r"], Float[Tensor, "k n"]]:
     """The SVD of an update: the directions to keep, and all singular values."""
-    U, S, Vh = truncated_pair(update.B, update.A)
+    try:
+        U, S, Vh = truncated_pair(update.B, update.A)
+    except torch.linalg.LinAlgError:
+        S = update.B.new_full((1,), math.nan)
+    require_finite(S, "the update that the factors make (their product overflows)")
     kept = _rank_to_keep(S, (update.B.shape[0], update.A.shape[1]), rank, energy, tol)
     return U[:, :kept], S, Vh[:kept]
 
@@ -172,37 +189,54 @@ def _export(
     energy: float | None,
     tol: float | None,
     dtype: torch.dtype | None,
+    *,
+    writes: bool = True,
 ) -> ExportSummary:
     check_cutoff(rank, energy, tol)
-    tensors: dict[str, Tensor] = {}
+    pairs: dict[str, list[tuple[Tensor, Tensor]]] = {}
     layers: list[LayerExport] = []
     for name, update in adapter.updates.items():
         _require_exportable(name, update)
-        U, S, Vh = truncated(update, rank, energy, tol)
-        kept = U.shape[1]
-        layers.append(LayerExport(name, update.width, kept, S.tolist()))
-        if kept:
-            root = S[:kept].sqrt()
-            tensors |= _lora_pair(name, update, U * root, root[:, None] * Vh, dtype)
-    if not tensors:  # a LoRA folder without any layer cannot be loaded
-        name, update = next(iter(adapter.updates.items()))
-        tensors = _lora_pair(name, update, update.B[:, :1] * 0, update.A[:1] * 0, dtype)
-    tensors |= adapter.others
-    kept_ranks = {layer.name: layer.rank for layer in layers if layer.rank} or {layers[0].name: 1}
-    left_out = [layer.name for layer in layers if layer.name not in kept_ranks]
-    lora = _lora_config(adapter.config, kept_ranks, left_out)
-    with replacing_folder(path) as folder:
-        save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, kind="lora")
-        write_json(folder / CONFIG_NAME, lora)
+        pairs[name] = []
+        for matrix_name, matrix in update.matrices(name):
+            U, S, Vh = truncated(matrix, rank, energy, tol)
+            root = S[: U.shape[1]].sqrt()
+            pairs[name].append((U * root, root[:, None] * Vh))
+            layers.append(LayerExport(matrix_name, update.width, U.shape[1], S.tolist()))
+    ranks = {name: max(B.shape[1] for B, _ in pairs[name]) for name in pairs}
+    # a LoRA folder without any layer cannot be loaded
+    kept_ranks = {name: rank for name, rank in ranks.items() if rank} or {next(iter(ranks)): 1}
+    layouts = {name: update.layout for name, update in adapter.updates.items()}
+    stored = names_in_files(layouts, kept_ranks)
+    tensors = dict(adapter.others)
+    for name, kept in kept_ranks.items():
+        update = adapter.updates[name]
+        B, A = (torch.stack([_padded(pair[side], kept, side) for pair in pairs[name]]) for side in (0, 1))
+        tensors |= _lora_pair(stored.get(name, name), update, B, A, dtype)
+    lora = _lora_config(adapter.config, kept_ranks, [name for name in ranks if name not in kept_ranks], layouts)
+    if writes:
+        with replacing_folder(path) as folder:
+            save_tensors(tensors, folder / SAFETENSORS_WEIGHTS_NAME, kind="lora")
+            write_json(folder / CONFIG_NAME, lora)
     summary = ExportSummary(path, layers, adapter.bytes, sum(value.nbytes for value in tensors.values()))
     logger.info("%s", summary)
     return summary
 
 
-def _lora_pair(name: str, update: Update, B: Tensor, A: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _padded(factor: Tensor, rank: int, side: int) -> Tensor:
+    """B (side 0) or A with directions that do nothing: every expert of a stack has as many as the one with most."""
+    more = rank - factor.shape[1 - side]
+    return torch.nn.functional.pad(factor, (0, more) if side == 0 else (0, 0, 0, more))
+
+
+def _lora_pair(
+    name: str, update: Update, B: Float[Tensor, "e m k"], A: Float[Tensor, "e k n"], dtype: torch.dtype | None
+) -> dict[str, Tensor]:
     """One layer's tensors under PEFT's names, in the shapes that its kind of layer has there."""
     of_left, of_right = update.dtypes
     B, A = B.to(dtype or of_left), A.to(dtype or of_right)
+    # PEFT keeps experts side by side: in A one after the other, in B the k-th directions of all of them together
+    B, A = B.permute(1, 2, 0).flatten(1), A.flatten(0, 1)
     kind = update.layout.get("kind")
     if kind == "embedding":
         return {f"{PREFIX}{name}.lora_embedding_A": A, f"{PREFIX}{name}.lora_embedding_B": B}
@@ -243,21 +277,27 @@ def _rank_to_keep(S: Tensor, shape: tuple[int, int], rank: int | None, energy: f
     return numerical
 
 
-def _lora_config(config: DeepLoraConfig | LoraConfig, ranks: dict[str, int], left_out: list[str]) -> dict[str, Any]:
+def _lora_config(
+    config: DeepLoraConfig | LoraConfig, ranks: dict[str, int], left_out: list[str], layouts: dict[str, dict[str, Any]]
+) -> dict[str, Any]:
     """adapter_config.json of the exported adapter, as LoraConfig itself writes it."""
     largest = max(ranks.values())
+    parameters = {name: name for name in ranks if layouts[name].get("kind") == PARAMETER}
+    parameters |= {name: f"{name}.weight" for name in ranks if layouts[name].get("lora_target") == "parameter"}
     # ^ and escaped dots: PEFT reads these keys as regular expressions that may match the end of a longer name.
-    pattern = {"^" + re.escape(name): rank for name, rank in ranks.items() if rank != largest}
+    pattern = {"^" + re.escape(parameters.get(name, name)): rank for name, rank in ranks.items() if rank != largest}
     # PEFT matches target names at the end of longer ones; a left-out layer named so would be adapted all the same.
     confused = [name for name in left_out if any(name.endswith("." + kept) for kept in ranks)]
     lora = LoraConfig(
         r=largest,
         lora_alpha=largest,
-        target_modules=sorted(ranks),
+        target_modules=sorted(ranks.keys() - parameters.keys()),
+        target_parameters=sorted(parameters.values()) or None,
         exclude_modules="|".join(map(re.escape, confused)) or None,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
         modules_to_save=config.modules_to_save,
+        ensure_weight_tying=config.ensure_weight_tying,
         bias="lora_only" if config.bias == "deeplora_only" else config.bias,  # type: ignore[arg-type]  # checked there
         fan_in_fan_out=config.fan_in_fan_out,
         task_type=config.task_type,

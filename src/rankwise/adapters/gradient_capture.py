@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.layers import DeepLoraLayer, ParamWrapper
 from rankwise.spectral import MatrixOperator, OuterProduct
 from rankwise.spectral.operators import as_operator
 
@@ -81,11 +81,12 @@ class GradientCapture:
     Args:
         layers: name → Deep LoRA layer.
         consume: called once per layer and batch that reaches it, as ``consume(name, LayerGradient)``, during the
-            backward pass.
+            backward pass; for a stack of experts once an expert, under the layer's ``matrix_names``.
     """
 
     def __init__(self, layers: dict[str, DeepLoraLayer], consume: Callable[[str, LayerGradient], None]):
         self.layers, self.consume = layers, consume
+        self.with_rows: set[str] = set()  # layers that any row of any batch went through
         self.open: dict[str, LayerGradient] = {}
         self.calls_left: dict[str, int] = {}
         self.differentiating = False
@@ -95,7 +96,12 @@ class GradientCapture:
         self.open.clear()
         self.calls_left.clear()
         self.differentiating = False
-        handles = [layer.register_forward_hook(self._hook(name)) for name, layer in self.layers.items()]
+        handles = []
+        for name, layer in self.layers.items():
+            if isinstance(layer, ParamWrapper):
+                layer.probe = self._probe(name, layer)
+            else:
+                handles.append(layer.register_forward_hook(self._hook(name)))
         try:
             with torch.enable_grad():
                 loss = loss_of_batch()
@@ -106,14 +112,18 @@ class GradientCapture:
         finally:
             for handle in handles:
                 handle.remove()
+            for layer in self.layers.values():
+                if isinstance(layer, ParamWrapper):
+                    layer.probe = None
         for name in list(self.open):  # layers with calls that the loss does not depend on
             self._finish(name)
         return float(loss.detach())
 
     def _hook(self, name: str) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor | None]:
         def hook(_module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor | None:
-            if not self.differentiating:  # a recomputation under gradient checkpointing is no new call
-                self.calls_left[name] = self.calls_left.get(name, 0) + 1
+            self._count(name)
+            if output.numel():
+                self.with_rows.add(name)
             if not torch.is_grad_enabled():
                 return None
             # Everything below the first adapted layer is frozen: its output starts the graph.
@@ -129,6 +139,32 @@ class GradientCapture:
         self.calls_left[name] -= 1
         if self.calls_left[name] == 0:
             self._finish(name)
+
+    def _count(self, name: str) -> None:
+        if not self.differentiating:  # a recomputation under gradient checkpointing is no new call
+            self.calls_left[name] = self.calls_left.get(name, 0) + 1
+
+    def _probe(self, name: str, layer: ParamWrapper) -> Callable[[Tensor], Tensor]:
+        """Puts a leaf in the weight's place, whose gradient is the weight's: a parameter has no output to watch."""
+
+        def report(leaf: Tensor) -> None:
+            gradient, leaf.grad = leaf.grad, None
+            self.calls_left[name] -= 1
+            for slot, matrix in zip(layer.matrix_names(name), layer.matrices(gradient), strict=True):  # type: ignore[arg-type]
+                self.open.setdefault(slot, LayerGradient(*matrix.shape)).add_matrix(matrix)
+                if self.calls_left[name] == 0:
+                    self._finish(slot)
+
+        def probe(weight: Tensor) -> Tensor:
+            self._count(name)
+            self.with_rows.update(layer.matrix_names(name))
+            if not torch.is_grad_enabled():
+                return weight
+            leaf = weight.detach().requires_grad_()
+            leaf.register_post_accumulate_grad_hook(report)
+            return leaf
+
+        return probe
 
     def _finish(self, name: str) -> None:
         self.consume(name, self.open.pop(name))

@@ -4,18 +4,19 @@ import itertools
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rankwise.adapters.config import ZERO_LEFT
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
 from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.saved_updates import read_tensors
+from rankwise.adapters.sharded_weights import gathered, is_first_process, require_writable, share_first
 from rankwise.factorizations import InvariantSubspaces, invariant_subspaces
 from rankwise.files import save_tensors
 from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd
@@ -29,7 +30,8 @@ Loss = Callable[[nn.Module, Any], Tensor]
 class LayerInitialization:
     """What one layer started from.
 
-    ``captured`` is the share of ‖G‖_F² in the gradient directions used; nan where no gradient was needed.
+    ``captured`` is the share of ‖G‖_F² in the gradient directions used; nan where there was no gradient: none was needed, or
+    it is zero (``gradient_norm`` 0) and the frames are random.
     """
 
     name: str
@@ -49,14 +51,22 @@ class InitializationSummary:
     @property
     def captured(self) -> float:
         """Share of the whole gradient's energy: Σ captured·‖G‖² / Σ‖G‖²."""
-        energy = sum(layer.gradient_norm**2 for layer in self.layers)
-        return (
-            sum(layer.captured * layer.gradient_norm**2 for layer in self.layers) / energy if energy else float("nan")
-        )
+        placed = [layer for layer in self.layers if layer.gradient_norm != 0]
+        energy = sum(layer.gradient_norm**2 for layer in placed)
+        return sum(layer.captured * layer.gradient_norm**2 for layer in placed) / energy if energy else float("nan")
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """Layers that got random frames because their gradient is zero: experts without tokens in these batches."""
+        return [layer.name for layer in self.layers if layer.gradient_norm == 0]
 
     def __str__(self) -> str:
         rows = [f"{'layer':<48} {'width':>5} {'|G|':>10} {'captured':>9}"]
-        rows += [f"{x.name:<48} {x.width:>5} {x.gradient_norm:>10.3g} {x.captured:>9.1%}" for x in self.layers]
+        rows += [
+            f"{x.name:<48} {x.width:>5} {x.gradient_norm:>10.3g} "
+            + (f"{x.captured:>9.1%}" if x.gradient_norm else "   random")
+            for x in self.layers
+        ]
         return "\n".join([*rows, f"loss {self.loss:.4g}, {self.captured:.1%} captured, {self.seconds:.2f} s"])
 
 
@@ -74,8 +84,12 @@ def initialize_deeplora_weights(
 
     The variants ``zero-left`` (the default) and ``random`` ask for no gradient: V (and U) are drawn at random.
 
-    Under ``torch.distributed`` all processes call it, before the model is wrapped or sharded, and end with the frames of the
-    first process.
+    Under ``torch.distributed`` all processes call it, before the model is wrapped or sharded by FSDP, and end with the frames
+    of the first process. Under DeepSpeed's ZeRO-3 it is called after ``deepspeed.initialize``, on the wrapped model.
+
+    A layer whose gradient is zero while others have one gets random frames, as an expert that no token of these batches was
+    sent to; the summary names it, and more ``num_batches`` help. A layer that is computed but that the loss does not depend on
+    is refused.
 
     The adapter stays an exact no-op: only the directions in which it will learn are chosen. Each layer's gradient is
     decomposed and dropped during the backward pass, so the extra peak is about one layer's weight. With several
@@ -98,8 +112,9 @@ def initialize_deeplora_weights(
         :class:`InitializationSummary`: printable, with the captured share of ‖G‖² per layer.
 
     Raises:
-        ValueError: no such adapter, merged adapters, no batches, a layer whose gradient is zero or not finite, a loss
-            that is not one finite number, or a subspace file that does not fit. The adapter is then unchanged.
+        ValueError: no such adapter, merged adapters, no batches, gradients that are all zero or one that is not finite, a layer
+            that the loss does not depend on, a loss that is not one finite number, a subspace file that does not fit, or an
+            adapter that FSDP has sharded already. The adapter is then unchanged.
 
     Example:
         >>> import torch
@@ -117,6 +132,7 @@ def initialize_deeplora_weights(
     """
     start = time.perf_counter()
     layers = layers_with(model, adapter_name)
+    require_writable_factors(layers, adapter_name)
     generator = torch.Generator().manual_seed(seed)
     if subspaces is not None:
         _load_subspaces(layers, adapter_name, Path(subspaces))
@@ -127,8 +143,8 @@ def initialize_deeplora_weights(
     loss, count = float("nan"), 1
     if variant in ("random", ZERO_LEFT):
         found = {
-            name: _frames(_shape_only(layer, adapter_name), layer.r[adapter_name], "random", generator)
-            for name, layer in layers.items()
+            slot: _frames(_shape_only(layer, adapter_name), layer.r[adapter_name], "random", generator)
+            for slot, layer in _by_matrix(layers).items()
         }
     else:
         with torch.random.fork_rng(devices=[]):  # a shuffling DataLoader draws from the global state
@@ -136,15 +152,18 @@ def initialize_deeplora_weights(
             count = len(first)
             found, loss = _frames_from_gradient(model, layers, adapter_name, variant, first, loss_fn, generator)
     for name, layer in layers.items():
-        layer.set_frames(adapter_name, found[name].left, found[name].right)
-    _share_first(layers, adapter_name)
+        frames = [found[slot] for slot in layer.matrix_names(name)]
+        left, right = layer.stacked([x.left for x in frames]), layer.stacked([x.right for x in frames])
+        layer.set_frames(adapter_name, left, right)
+    share_first(factor for layer in layers.values() for factor in layer.factors(adapter_name))
     rows = [
-        LayerInitialization(name, layer.r[adapter_name], found[name].gradient_norm / count, found[name].captured)
-        for name, layer in layers.items()
+        LayerInitialization(slot, layer.r[adapter_name], found[slot].gradient_norm / count, found[slot].captured)
+        for slot, layer in _by_matrix(layers).items()
     ]
     return InitializationSummary(rows, loss, time.perf_counter() - start)
 
 
+@torch.no_grad()
 def save_subspaces(model: nn.Module, path: str | os.PathLike[str], *, adapter_name: str = "default") -> None:
     """Write the current U and V of every layer to a safetensors file, for ``initialize_deeplora_weights(subspaces=…)``.
 
@@ -152,9 +171,11 @@ def save_subspaces(model: nn.Module, path: str | os.PathLike[str], *, adapter_na
     """
     tensors = {}
     for name, layer in layers_with(model, adapter_name).items():
-        left, _, right = layer.factors(adapter_name)
-        tensors[f"{name}.left"], tensors[f"{name}.right"] = left.detach(), right.detach().mT
-    save_tensors(tensors, Path(path), kind="deeplora-subspaces")
+        factors = layer.factors(adapter_name)
+        with gathered(factors):
+            tensors[f"{name}.left"], tensors[f"{name}.right"] = factors.left.clone(), factors.right.mT.clone()
+    if is_first_process():
+        save_tensors(tensors, Path(path), kind="deeplora-subspaces")
 
 
 def _frames_from_gradient(
@@ -166,17 +187,18 @@ def _frames_from_gradient(
     loss_fn: Loss | None,
     generator: torch.Generator,
 ) -> tuple[dict[str, InvariantSubspaces], float]:
+    slots = _by_matrix(layers)
     found: dict[str, InvariantSubspaces] = {}
     running: dict[str, OuterProduct] = {}
     problems: dict[str, str] = {}
     # Seeds per layer, not one stream: the frames must not depend on the order in which backward reaches the layers.
-    seeds = dict(zip(layers, torch.randint(2**62, (len(layers),), generator=generator).tolist(), strict=True))
+    seeds = dict(zip(slots, torch.randint(2**62, (len(slots),), generator=generator).tolist(), strict=True))
     is_last = False
 
     def consume(name: str, gradient: LayerGradient) -> None:
         operator = _plus(running.pop(name, None), gradient)
         local = torch.Generator().manual_seed(seeds[name])
-        width = layers[name].r[adapter_name]
+        width = slots[name].r[adapter_name]
         try:
             if is_last:
                 found[name] = _frames(operator, width, variant, local)
@@ -193,23 +215,34 @@ def _frames_from_gradient(
             on_device = to_device(batch, next(model.parameters()).device)
             total += capture.run(partial(_loss, model, on_device, loss_fn))
         for name in list(running):  # reached by an earlier batch, not by the last
-            found[name] = _frames(running[name], layers[name].r[adapter_name], variant, generator)
-    _refuse(problems, [name for name in layers if name not in found and name not in problems])
+            found[name] = _frames(running[name], slots[name].r[adapter_name], variant, generator)
+    missing = [name for name in slots if name not in found and name not in problems]
+    _refuse(problems, [])
+    if all(frames.gradient_norm == 0 for frames in found.values()):
+        _refuse(dict.fromkeys(found, "its gradient is zero"), missing)
+    _refuse({}, [name for name in missing if name in capture.with_rows])
+    for name in missing:  # no row went through: an expert that nothing was sent to
+        found[name] = _frames(_shape_only(slots[name], adapter_name), slots[name].r[adapter_name], variant, generator)
     return found, total / len(batches)
 
 
-def _share_first(layers: dict[str, DeepLoraLayer], adapter_name: str) -> None:
-    """Under ``torch.distributed`` every process gets the first one's factors, whatever its own batches pointed at."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    for layer in layers.values():
-        for factor in layer.factors(adapter_name):
-            torch.distributed.broadcast(factor.data, 0)
+def _by_matrix(layers: dict[str, DeepLoraLayer]) -> dict[str, DeepLoraLayer]:
+    """Every matrix that gets frames, by name: one a layer, or one an expert."""
+    return {slot: layer for name, layer in layers.items() for slot in layer.matrix_names(name)}
 
 
 def _frames(gradient: MatrixOperator, width: int, variant: str, generator: torch.Generator) -> InvariantSubspaces:
+    """Random ones where a gradient is asked for and zero."""
+    if variant != "random" and _is_zero(gradient):
+        return replace(_frames(gradient, width, "random", generator), gradient_norm=0.0)
     directions = (width + 1) // 2 if variant == "compressed" else width
     return invariant_subspaces(gradient, directions, variant=variant, width=width, generator=generator)  # type: ignore[arg-type]
+
+
+def _is_zero(gradient: MatrixOperator) -> bool:
+    """Cheaper than its norm, which costs as much as the frames."""
+    parts = (gradient.left, gradient.right) if isinstance(gradient, OuterProduct) else (gradient.matrix,)  # type: ignore[attr-defined]
+    return not all(bool(part.any()) for part in parts)
 
 
 def _plus(running: OuterProduct | None, gradient: LayerGradient) -> MatrixOperator:
@@ -260,11 +293,24 @@ def layers_with(model: nn.Module, adapter_name: str) -> dict[str, DeepLoraLayer]
         raise ValueError(f"no adapter named {adapter_name!r}; this model has {', '.join(known)}")
     if any(layer.merged for layer in here.values()):
         raise ValueError("the adapter is merged into the base weights; call unmerge_adapter() before initializing it")
-    return {name.removeprefix("base_model.model."): layer for name, layer in here.items()}
+    return {layer.name_in_model(name.removeprefix("base_model.model.")): layer for name, layer in here.items()}
+
+
+def require_writable_factors(layers: dict[str, DeepLoraLayer], adapter_name: str) -> None:
+    """Refuse an adapter that FSDP has sharded: see :func:`rankwise.adapters.sharded_weights.require_writable`."""
+    for name, layer in layers.items():
+        shape = (*layer.experts, layer.out_features, layer.r[adapter_name])
+        require_writable(name, layer.factors(adapter_name).left, shape)
 
 
 def _variant(model: nn.Module, adapter_name: str) -> str:
-    return getattr(model, "peft_config")[adapter_name].variant  # noqa: B009  # nn.Module's __getattr__ hides it from mypy
+    configs = getattr(model, "peft_config", None)
+    if configs is None:
+        raise ValueError(
+            "the adapter's settings are not on this model; give the model inside that has peft_config (of a "
+            "SentenceTransformer, model.transformers_model)"
+        )
+    return configs[adapter_name].variant
 
 
 def _shape_only(layer: DeepLoraLayer, adapter_name: str) -> OuterProduct:
@@ -316,20 +362,19 @@ def to_device(batch: Any, device: torch.device) -> Any:
 def _load_subspaces(layers: dict[str, DeepLoraLayer], adapter_name: str, path: Path) -> None:
     if not path.is_file():
         raise ValueError(f"no subspace file at {path}; write one with save_subspaces(model, path)")
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  # not a dict
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path} is not a readable safetensors file ({error}); write it again") from error
+    tensors = read_tensors(path)
     frames = {}
     for name, layer in layers.items():
         width = layer.r[adapter_name]
-        expected = {"left": (layer.out_features, width), "right": (layer.in_features, width)}
+        sizes = {"left": layer.out_features, "right": layer.in_features}
+        expected = {side: (*layer.experts, size, width) for side, size in sizes.items()}
         for side, shape in expected.items():
             got = tensors.get(f"{name}.{side}")
             if got is None or tuple(got.shape) != shape:
                 found = "nothing" if got is None else f"shape {tuple(got.shape)}"
                 raise ValueError(f"{path} does not fit: expected {name}.{side} of shape {shape}, found {found}")
+            if not bool(torch.isfinite(got).all()):
+                raise ValueError(f"{path} holds NaN or infinite numbers in {name}.{side}; write it again")
         frames[name] = (tensors[f"{name}.left"], tensors[f"{name}.right"])
     for name, (left, right) in frames.items():
         layers[name].set_frames(adapter_name, left, right)

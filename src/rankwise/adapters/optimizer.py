@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.sharded_weights import gathered
 
 
 def deeplora_param_groups(
@@ -43,7 +44,7 @@ def deeplora_param_groups(
             f"learning rates cannot be negative: lr={lr}, outer_lr_ratio={outer_lr_ratio}, head_lr={head_lr}"
         )
     inner, outer = _factors(model)
-    if outer_lr_ratio == 0 and any(not p.is_meta and not p.any() for p in outer):
+    if outer_lr_ratio == 0 and any(_is_zero(p) for p in outer):
         raise ValueError(
             "outer_lr_ratio=0 would freeze a U that is zero (variant='zero-left'), and nothing could be learnt; "
             "choose a ratio above 0 or another variant"
@@ -109,6 +110,11 @@ def create_deeplora_optimizer(
                 optimizer_kwargs.setdefault(name, value)
     groups = deeplora_param_groups(model, lr=lr, outer_lr_ratio=outer_lr_ratio, head_lr=head_lr)
     return optimizer_cls(groups, **{"lr": lr, **optimizer_kwargs})
+
+
+def _is_zero(parameter: nn.Parameter) -> bool:
+    with gathered([parameter]):
+        return not parameter.is_meta and not bool(parameter.any())
 
 
 def _factors(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:

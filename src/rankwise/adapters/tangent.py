@@ -28,8 +28,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.adapters.gradient_capture import GradientCapture, LayerGradient, unadapted
-from rankwise.adapters.initialization import layers_with, to_device
-from rankwise.adapters.layers import DeepLoraLayer
+from rankwise.adapters.initialization import layers_with, require_writable_factors, to_device
+from rankwise.adapters.layers import DeepLoraLayer, ParamWrapper
+from rankwise.adapters.sharded_weights import gathered, share_first
 from rankwise.spectral import MatrixOperator, OuterProduct, truncated_svd
 from rankwise.spectral.operators import as_operator
 
@@ -171,7 +172,8 @@ def solve_deeplora_weights(
 
     One forward and backward pass a row on the *unadapted* model, in eval mode; its weights, flags and gradients stay
     as they were. Memory: every row's layer inputs and output gradients, O(tokens · (d_in + d_out)) a layer, for all layers
-    at once; time grows with the square of the number of rows.
+    at once; time grows with the square of the number of rows. Under ``torch.distributed`` every process calls it, before
+    the model is wrapped or sharded, and ends with the first one's solution.
 
     Args:
         model: a model with Deep LoRA layers, from ``get_peft_model(model, DeepLoraConfig(...))``.
@@ -187,7 +189,7 @@ def solve_deeplora_weights(
 
     Raises:
         ValueError: no such adapter, fewer than three rows, numbers of rows and targets that differ, outputs that are
-            not one finite number, or a layer the outputs do not depend on.
+            not one finite number, a layer the outputs do not depend on, or adapted parameters (``target_parameters``).
 
     Example:
         >>> import torch
@@ -204,6 +206,13 @@ def solve_deeplora_weights(
     start = time.perf_counter()
     where = next(model.parameters()).device
     layers = layers_with(model, adapter_name)
+    require_writable_factors(layers, adapter_name)
+    parameters = [name for name, layer in layers.items() if isinstance(layer, ParamWrapper)]
+    if parameters:
+        raise ValueError(
+            f"the ridge start keeps every row's gradient of every layer, which for {parameters[0]} of target_parameters would be "
+            "rows × the whole weight; leave target_parameters out, or train"
+        )
     per_row: dict[str, list[LayerGradient]] = {name: [] for name in layers}
     outputs: list[float] = []
     capture = GradientCapture(layers, lambda name, gradient: per_row[name].append(gradient))
@@ -230,8 +239,10 @@ def solve_deeplora_weights(
     kept = total = 0.0
     for name, layer in layers.items():
         if fit.abstains:
-            left, _, right = layer.factors(adapter_name)
-            layer.set_frames(adapter_name, left.detach().clone(), right.detach().mT.clone())
+            factors = layer.factors(adapter_name)
+            with gathered(factors):
+                left, right = factors.left.detach().clone(), factors.right.detach().mT.clone()
+            layer.set_frames(adapter_name, left, right)
             continue
         # a·f is what is fitted, f is what the weights change: hence the division by a
         coefficients = fit.coefficients * (weights[name] / (fit.scale if fit.scale > _SMALLEST_SCALE else 1.0))
@@ -240,6 +251,7 @@ def solve_deeplora_weights(
         layer.set_update(adapter_name, svd.U, svd.S, svd.Vh.mT)
         kept += float(svd.S.double().square().sum())
         total += float(coefficients @ kernels[name] @ coefficients)
+    share_first(factor for layer in layers.values() for factor in layer.factors(adapter_name))
     captured = kept / total if total > 0 else float("nan")
     return RidgeSummary(len(outputs), fit, captured, math.sqrt(kept), time.perf_counter() - start)
 

@@ -9,16 +9,21 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftConfig
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper, get_pattern_key
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.adapters.combination import check_combination, combined_config, combined_update
+from rankwise.adapters.combination import carry_saved_modules, check_combination, combined_config, combined_update
 from rankwise.adapters.config import DeepLoraConfig
-from rankwise.adapters.layers import DeepLoraLayer, adapted_layer, layout, matrix_shape
+from rankwise.adapters.layers import DeepLoraLayer, ParamWrapper, adapted_layer, layout, matrix_shape
+from rankwise.adapters.parameter_names import parameter_layout, parameter_shape, taken_for_experts
 from rankwise.adapters.registration import PREFIX
+from rankwise.adapters.sharded_weights import gathered, whole_entries
+from rankwise.spectral.precision import require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +41,64 @@ class DeepLoraModel(BaseTuner):
         if peft_config.target_modules is None:
             peft_config.target_modules = _ALL_LINEAR
         return peft_config
+
+    def _check_new_adapter_config(self, config: DeepLoraConfig) -> None:
+        """Every adapter with ``target_parameters`` has the same: their wrappers stand one around the other."""
+        super()._check_new_adapter_config(config)
+        for name, other in self.peft_config.items():
+            ours, theirs = (set(each.target_parameters or ()) for each in (config, other))
+            if ours and theirs and ours != theirs:
+                raise ValueError(
+                    f"adapter {name!r} has target_parameters {sorted(theirs)}; every adapter of this model that has any must have "
+                    f"the same, got {sorted(ours)}"
+                )
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, torch.Tensor]:
+        """What PEFT saves, whole where the model is sharded; its modules to save too, which PEFT takes from ``state_dict``."""
+        name_inside = f".{adapter_name}."
+        biased = getattr(config, "bias", "none") != "none"
+        of_adapter = [key for key in state_dict if name_inside in key or (biased and key.endswith("bias"))]
+        state_dict.update(whole_entries(model, state_dict, of_adapter))
+        return super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls,
+        model: nn.Module,
+        config: PeftConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        """As PEFT, which loads what fits and drops the rest in silence; here the adapter has to be this model's, and whole.
+
+        Raises:
+            ValueError: factors are missing, or of layers that the model does not have, or not finite.
+        """
+        found = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        endings = tuple(f".{kind}.{adapter_name}.weight" for kind in DeepLoraLayer.adapter_layer_names)
+        expected = {key for key in model.state_dict() if key.endswith(endings)}  # not by modules: wrappers rename those
+        factors = {key for key in found if any(f".{kind}." in key for kind in DeepLoraLayer.adapter_layer_names)}
+        missing, foreign = sorted(expected - factors), sorted(factors - expected)
+        if missing or foreign:
+            parts = [
+                f"{len(keys)} factors {what} ({keys[0]})"
+                for keys, what in ((missing, "are missing"), (foreign, "belong to layers that it does not adapt here"))
+                if keys
+            ]
+            raise ValueError(
+                f"the saved adapter does not fit this model: {' and '.join(parts)}; load it into the model that it was trained on"
+            )
+        for key in sorted(factors):
+            require_finite(found[key], key)
+        return found
 
     def _prepare_model(self, peft_config: DeepLoraConfig, model: nn.Module) -> None:
         """Take out of "all-linear" what cannot or should not be adapted, before PEFT spells the targets out."""
@@ -74,11 +137,12 @@ class DeepLoraModel(BaseTuner):
         shared = [
             (name, module.get_base_layer())
             for name, module in self.model.named_modules()
-            if isinstance(module, DeepLoraLayer) and uses[id(module.get_base_layer().weight)] > 1
+            if isinstance(module, DeepLoraLayer) and uses[id(module.base_parameter())] > 1
         ]
         for _, layer in shared:
             weight: torch.nn.Parameter = layer.weight  # type: ignore[assignment]
-            layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+            with gathered([weight]):
+                layer.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         config = getattr(self.model, "config", None)
         if shared and config is not None and getattr(config, "tie_word_embeddings", False):
             config.tie_word_embeddings = False
@@ -105,8 +169,8 @@ class DeepLoraModel(BaseTuner):
             svd_rank: of "svd".
 
         Raises:
-            ValueError: an unknown or taken name, another combination type, merged adapters, trained biases, or modules to
-                save that several adapters have.
+            ValueError: an unknown or taken name, another combination type, merged adapters, trained biases or tokens, or
+                modules to save that several adapters have. What only one of them has goes along.
         """
         check_combination(self.model, self.peft_config, adapters, weights, adapter_name, combination_type, svd_rank)
         layers = {
@@ -122,6 +186,7 @@ class DeepLoraModel(BaseTuner):
         self.inject_adapter(self.model, adapter_name)
         for name, layer in layers.items():
             layer.set_update(adapter_name, *updates[name])
+        carry_saved_modules(self.model, adapters, adapter_name)
         self.set_requires_grad(adapter_name, requires_grad=False)
 
     @contextmanager
@@ -174,21 +239,6 @@ class DeepLoraModel(BaseTuner):
         current_key: str,
         **more: Any,
     ) -> None:
-        layer = target.get_base_layer() if isinstance(target, DeepLoraLayer) else target
-        layer_class = adapted_layer(layer, current_key)
-        width = _width(peft_config, current_key)
-        smaller = min(matrix_shape(layer))
-        if width > smaller:
-            logger.warning("%s: width %d clamped to %d, the layer's smaller side", current_key, width, smaller)
-            width = smaller
-        if peft_config.fan_in_fan_out and not isinstance(layer, Conv1D):
-            logger.warning(
-                "fan_in_fan_out=True does not fit %s, which stores (out, in) weights; the layer decides", current_key
-            )
-        # what an export wants to know
-        peft_config.fan_in_fan_out = isinstance(layer, Conv1D)
-        if found := layout(layer):
-            peft_config.layouts[current_key] = found
         settings: dict[str, Any] = {
             "inner_depth": peft_config.inner_depth,
             "init_scale": peft_config.init_scale,
@@ -198,19 +248,69 @@ class DeepLoraModel(BaseTuner):
             "init_weights": peft_config.init_weights,
             "inference_mode": peft_config.inference_mode,
         }
+        layer = target.get_base_layer() if isinstance(target, DeepLoraLayer) else target
+        parameter_name = more.get("parameter_name")
+        if parameter_name is not None:
+            width = _clamped(peft_config, current_key, parameter_shape(layer, parameter_name, current_key))
+            found = parameter_layout(layer, parameter_name, current_key, peft_config.layouts)
+            peft_config.layouts[current_key] = found
+            if isinstance(target, ParamWrapper) and target.parameter_name == parameter_name:
+                target.update_layer(adapter_name, width, **settings)
+                return
+            wrapper = ParamWrapper(target, adapter_name, width, parameter_name=parameter_name, **settings)
+            self._put(parent, target_name, wrapper, target, adapter_name)
+            return
+        layer_class = adapted_layer(layer, current_key)
+        width = _clamped(peft_config, current_key, matrix_shape(layer))
+        if peft_config.fan_in_fan_out and not isinstance(layer, Conv1D):
+            logger.warning(
+                "fan_in_fan_out=True does not fit %s, which stores (out, in) weights; the layer decides", current_key
+            )
+        # what an export wants to know
+        peft_config.fan_in_fan_out = isinstance(layer, Conv1D)
+        if found := layout(layer):
+            peft_config.layouts[current_key] = found
+        elif taken_for_experts(self.model, current_key):
+            peft_config.layouts[current_key] = {"lora_target": "parameter"}
         if isinstance(target, DeepLoraLayer):
             target.update_layer(adapter_name, width, **settings)
             return
         new_module = layer_class(
             layer, adapter_name, width, get_apply_tensor_subclass=more.get("get_apply_tensor_subclass"), **settings
         )
+        self._put(parent, target_name, new_module, target, adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """As PEFT, which expects of every layer a ``weight``: a module of fused experts has none."""
+        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie  # changes settings only, those of any method
+
+    def _add_targets_to_tie(self, peft_config: DeepLoraConfig, tied_weight_keys: list[str]) -> None:
+        raise ValueError(
+            f"ensure_weight_tying keeps modules_to_save shared; the adapters of the embedding and of {', '.join(tied_weight_keys)} "
+            "are two, each with factors of its own, and merging unties the weights. Leave ensure_weight_tying out, or put the "
+            "embedding into modules_to_save"
+        )
+
+    def _put(self, parent: nn.Module, name: str, layer: DeepLoraLayer, target: nn.Module, adapter_name: str) -> None:
         if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+            layer.requires_grad_(False)
+        self._replace_module(parent, name, layer, target)
 
 
 def _width(peft_config: DeepLoraConfig, name: str) -> int:
     return peft_config.rank_pattern.get(get_pattern_key(list(peft_config.rank_pattern), name), peft_config.r)
+
+
+def _clamped(peft_config: DeepLoraConfig, name: str, shape: tuple[int, int]) -> int:
+    width, smaller = _width(peft_config, name), min(shape)
+    if width > smaller:
+        logger.warning("%s: width %d clamped to %d, the layer's smaller side", name, width, smaller)
+    return min(width, smaller)
 
 
 def _with_adapter_names(

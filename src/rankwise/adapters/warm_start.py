@@ -15,7 +15,7 @@ from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.spectral import haar_frame
 
 _CARRIED_OVER = (
-    "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "fan_in_fan_out",
+    "target_modules", "target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save", "ensure_weight_tying", "fan_in_fan_out",
     "task_type", "base_model_name_or_path", "revision", "auto_mapping",
 )  # fmt: skip
 
@@ -70,6 +70,11 @@ def deeplora_from_adapter(
         rank = r
     check_cutoff(rank, energy, tol)
     adapter = read_adapter_folder(Path(source))
+    stacked = [name for name, update in adapter.updates.items() if update.stacked]
+    if stacked:
+        raise ValueError(
+            f"{stacked[0]} is a stack of experts, which can be exported as a LoRA but not made another Deep LoRA of"
+        )
     found = {name: truncated(update, rank, energy, tol) for name, update in adapter.updates.items()}
     largest = max(1, *(U.shape[1] for U, _, _ in found.values()))
     r = largest if r is None else r

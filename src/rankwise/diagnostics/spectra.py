@@ -1,5 +1,6 @@
 """Singular values of every ΔW in a model, from its factors."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from rankwise.adapters import DeepLoraLayer
 from rankwise.adapters.export import truncated_pair
 from rankwise.adapters.full_width import FullWidthLinear
+from rankwise.adapters.sharded_weights import gathered
 from rankwise.spectral import numerical_rank, rank_for_energy, stable_rank
 
 
@@ -54,40 +56,41 @@ def adapter_spectra(model: nn.Module, adapter_name: str = "default") -> list[Lay
     """
     spectra = []
     for name, module in model.named_modules():
-        pair = _pair(module, adapter_name)
-        if pair is None:
-            continue
-        B, A = pair
-        _, S, _ = truncated_pair(B, A)
-        shape = (B.shape[0], A.shape[1])
-        spectra.append(
-            LayerSpectrum(
-                name=name.removeprefix("base_model.model."),
-                shape=shape,
-                width=A.shape[0],
-                rank=numerical_rank(S, shape=shape),
-                rank_99=rank_for_energy(S, 0.99),
-                stable_rank=stable_rank(S),
-                singular_values=S.tolist(),
+        for matrix_name, B, A in _pairs(name.removeprefix("base_model.model."), module, adapter_name):
+            _, S, _ = truncated_pair(B, A)
+            shape = (B.shape[0], A.shape[1])
+            spectra.append(
+                LayerSpectrum(
+                    name=matrix_name,
+                    shape=shape,
+                    width=A.shape[0],
+                    rank=numerical_rank(S, shape=shape),
+                    rank_99=rank_for_energy(S, 0.99),
+                    stable_rank=stable_rank(S),
+                    singular_values=S.tolist(),
+                )
             )
-        )
     if not spectra:
         raise ValueError(f"no linear layer of this model has a LoRA or Deep LoRA adapter named {adapter_name!r}")
     return spectra
 
 
-def _pair(module: nn.Module, adapter_name: str) -> tuple[Tensor, Tensor] | None:
-    """ΔW = B·A of a layer, or None where there is no such adapter."""
+def _pairs(name: str, module: nn.Module, adapter_name: str) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, B, A) with ΔW = B·A of a layer, one each of a stack of experts; none where there is no such adapter."""
     if isinstance(module, DeepLoraLayer) and adapter_name in module.deeplora_left:
-        B = module.scaled_left(adapter_name)
-        return B, module.factors(adapter_name).right.to(B.dtype)
-    if isinstance(module, FullWidthLinear):
-        return module.factor_pair()
-    if isinstance(module, AdaLoraLayer) and adapter_name in module.lora_A:
+        factors = module.factors(adapter_name)
+        with gathered(factors):
+            B = module.scaled_left(adapter_name)
+            A = factors.right.detach().to(B.dtype).clone()
+        names = module.matrix_names(module.name_in_model(name))
+        stacks = (B.reshape(len(names), *B.shape[-2:]), A.reshape(len(names), *A.shape[-2:]))
+        yield from zip(names, *stacks, strict=True)
+    elif isinstance(module, FullWidthLinear):
+        yield name, *module.factor_pair()
+    elif isinstance(module, AdaLoraLayer) and adapter_name in module.lora_A:
         containers: Any = (module.lora_B, module.lora_E, module.lora_A, module.scaling, module.ranknum)
         B, E, A, scaling, ranks_left = (container[adapter_name] for container in containers)
-        return B.float() * (scaling / (float(ranks_left) + 1e-5)), (A * E).float()
-    if isinstance(module, LoraLayer) and adapter_name in module.lora_A:
+        yield name, B.float() * (scaling / (float(ranks_left) + 1e-5)), (A * E).float()
+    elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
         B, A = (cast(nn.Linear, side[adapter_name]).weight.float() for side in (module.lora_B, module.lora_A))
-        return B * module.scaling[adapter_name], A
-    return None
+        yield name, B * module.scaling[adapter_name], A

@@ -12,12 +12,15 @@ from rankwise.adapters.layers.base import DeepLoraLayer, matrix_shape, scaled_le
 from rankwise.adapters.layers.convolution import PLAIN_CONVOLUTIONS, DeepLoraConv
 from rankwise.adapters.layers.embedding import DeepLoraEmbedding
 from rankwise.adapters.layers.linear import DeepLoraLinear
+from rankwise.adapters.layers.parameter import ParamWrapper
+from rankwise.adapters.sharded_weights import full_shape
 
 __all__ = [
     "DeepLoraConv",
     "DeepLoraEmbedding",
     "DeepLoraLayer",
     "DeepLoraLinear",
+    "ParamWrapper",
     "adapted_layer",
     "layout",
     "matrix_shape",
@@ -86,5 +89,5 @@ def layout(layer: nn.Module) -> dict[str, Any]:
         )
         if used
     ]
-    kernel = list(layer.weight.shape[1:])
+    kernel = list(full_shape(layer.weight)[1:])
     return {"kind": "convolution", "kernel": kernel, "not_in_lora": " and ".join(left_out) or None}

@@ -1,5 +1,6 @@
 """What every adapted layer does: y = W₀x + U(core − ε^L·I)Vᵀx, whatever W₀x is for its kind of layer."""
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -14,7 +15,8 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
-from rankwise.factorizations import compose, identity_factors
+from rankwise.adapters.sharded_weights import full_shape, gathered
+from rankwise.factorizations import identity_factors
 from rankwise.spectral import haar_frame
 from rankwise.spectral.precision import compute_dtype
 
@@ -54,8 +56,10 @@ def _shift(width: int, depth: int, init_scale: float, dtype: torch.dtype, device
     return -product * torch.eye(width, dtype=dtype, device=device)
 
 
-def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_scale: float) -> Float[Tensor, "m r"]:
-    """B = U(W̃_L⋯W̃_1 − ε^L·I) in float32 or better: ΔW = B·Vᵀ.
+def scaled_left(
+    left: Float[Tensor, "*e m r"], inner: Float[Tensor, "L *e r r"], init_scale: float
+) -> Float[Tensor, "*e m r"]:
+    """B = U(W̃_L⋯W̃_1 − ε^L·I) in float32 or better: ΔW = B·Vᵀ. A dimension of experts (e) goes along.
 
     Deaf to autocast: a core near ε^L·I computed in bf16 would drown in its own rounding. Plain autograd, because a
     hand-written backward was slower at r = 8, where every operation costs its call and not its arithmetic.
@@ -64,7 +68,7 @@ def scaled_left(left: Float[Tensor, "m r"], inner: Float[Tensor, "L r r"], init_
     """
     dtype = compute_dtype(inner.dtype)
     with _full_precision(left):
-        core = compose(inner.to(dtype))
+        core = reduce(lambda below, factor: factor @ below, inner.to(dtype).unbind(0))
         if init_scale:  # without, as from the zero-left start, there is nothing to subtract
             make = _shift.__wrapped__ if torch.compiler.is_compiling() else _shift
             core = core + make(inner.shape[-1], inner.shape[0], init_scale, dtype, inner.device)
@@ -121,17 +125,19 @@ def _no_way_back() -> type:
 def matrix_shape(layer: nn.Module) -> tuple[int, int]:
     """(out, in) of a layer's weight as a matrix."""
     if isinstance(layer, Conv1D):
-        return int(layer.weight.shape[1]), int(layer.weight.shape[0])
+        columns, rows = full_shape(layer.weight)
+        return rows, columns
     if isinstance(layer, nn.Embedding):
         return layer.embedding_dim, layer.num_embeddings
     if isinstance(layer, _ConvNd):
-        return int(layer.weight.shape[0]), int(layer.weight[0].numel())
+        rows, *kernel = full_shape(layer.weight)
+        return rows, math.prod(kernel)
     sizes: Any = layer  # not the weight's shape: a quantized weight is packed
     return int(sizes.out_features), int(sizes.in_features)
 
 
 class Factors(NamedTuple):
-    """The trainable arrays of one adapter: U (d_out, r), W̃ (L, r, r), Vᵀ (r, d_in)."""
+    """The trainable arrays of one adapter: U (d_out, r), W̃ (L, r, r), Vᵀ (r, d_in), or (e, d_out, r), (L, e, r, r), (e, r, d_in)."""
 
     left: nn.Parameter
     inner: nn.Parameter
@@ -146,6 +152,8 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
     """
 
     merged_adapters: list[str]
+    experts: tuple[int, ...] = ()  # how many matrices of one shape the weight holds: one, unless it is a stack of (e,)
+    parameter_name = "weight"
     cast_input_dtype_enabled = True  # PEFT's helpers switch it; nothing here casts inputs to the factors' dtype
 
     adapter_layer_names = ("deeplora_left", "deeplora_right", "deeplora_inner")
@@ -174,7 +182,7 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self.quantization_backend = resolve_quantization_backend(
             base, get_apply_tensor_subclass=get_apply_tensor_subclass or _no_way_back
         )
-        self.out_features, self.in_features = matrix_shape(base)
+        self.out_features, self.in_features = self._measure()
         self.r: dict[str, int] = {}
         self.init_scale: dict[str, float] = {}
         self.inner_depth: dict[str, int] = {}
@@ -188,6 +196,14 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, **settings)
+
+    def _measure(self) -> tuple[int, int]:
+        """(out_features, in_features)."""
+        return matrix_shape(self.get_base_layer())
+
+    def base_parameter(self) -> nn.Parameter:
+        """The weight that the adapters stand beside."""
+        return cast(nn.Parameter, getattr(self.get_base_layer(), self.parameter_name))
 
     # -- what a kind of layer says --------------------------------------------------------------------------------
 
@@ -220,6 +236,14 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         """V as this layer can have it."""
         return right
 
+    def name_in_model(self, name: str) -> str:
+        """What the weight is called, for a layer under this module name."""
+        return name
+
+    def matrix_names(self, name: str) -> list[str]:
+        """One name for each of the weight's matrices."""
+        return [name]
+
     # -- adapters ---------------------------------------------------------------------------------------------------
 
     def update_layer(
@@ -246,9 +270,9 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         )
         for dropout_layers in (self.deeplora_dropout, self.deeplora_direction_dropout):
             dropout_layers[adapter_name].train(self.training)  # new modules train, whatever the layer beside them does
-        self.deeplora_left[adapter_name] = Factor(self.out_features, r)
-        self.deeplora_right[adapter_name] = Factor(r, self.in_features)
-        self.deeplora_inner[adapter_name] = Factor(inner_depth, r, r)
+        self.deeplora_left[adapter_name] = Factor(*self.experts, self.out_features, r)
+        self.deeplora_right[adapter_name] = Factor(*self.experts, r, self.in_features)
+        self.deeplora_inner[adapter_name] = Factor(inner_depth, *self.experts, r, r)
         if not self.factors(adapter_name).left.is_meta:
             self.reset_adapter(adapter_name, no_op=init_weights)
         self._move_adapter_to_device_of_base_layer(adapter_name)
@@ -258,22 +282,32 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
     def reset_adapter(self, adapter_name: str, *, no_op: bool = True) -> None:
         """Start over between random frames; with ``no_op=False`` U orthonormal and random inner factors of norm ≈ 1."""
         r, depth = self.r[adapter_name], self.inner_depth[adapter_name]
-        left, right = haar_frame(self.out_features, r), haar_frame(self.in_features, r)
+        left, right = (
+            self.stacked([haar_frame(dimension, r) for _ in range(math.prod(self.experts))])
+            for dimension in (self.out_features, self.in_features)
+        )
         self.set_frames(adapter_name, left, right)
         if not no_op:
             factors = self.factors(adapter_name)
-            factors.left.copy_(left)
-            factors.inner.copy_(torch.randn(depth, r, r) / r**0.5)
+            with gathered(factors, writing=True):
+                factors.left.copy_(left)
+                factors.inner.copy_(torch.randn(depth, *self.experts, r, r) / r**0.5)
+
+    def stacked(self, matrices: list[Float[Tensor, "m r"]]) -> Float[Tensor, "*e m r"]:
+        """One matrix for each of the weight's as one array."""
+        return torch.stack(matrices).view(*self.experts, *matrices[0].shape)
 
     @torch.no_grad()
-    def set_frames(self, adapter_name: str, left: Float[Tensor, "m r"], right: Float[Tensor, "n r"]) -> None:
+    def set_frames(self, adapter_name: str, left: Float[Tensor, "*e m r"], right: Float[Tensor, "*e n r"]) -> None:
         """Start over between these frames: U = left, V = right, inner factors ε·I; zero-left: U = 0, inner factors I."""
         depth, r = self.inner_depth[adapter_name], self.r[adapter_name]
         factors = self.factors(adapter_name)
         zero_left = self.zero_left[adapter_name]
-        factors.left.copy_(torch.zeros_like(left) if zero_left else left)
-        factors.right.copy_(self.fitting_frame(right).mT)
-        factors.inner.copy_(identity_factors(depth, r, 1.0 if zero_left else self.init_scale[adapter_name]))
+        with gathered(factors, writing=True):
+            factors.left.copy_(torch.zeros_like(left) if zero_left else left)
+            factors.right.copy_(self.fitting_frame(right).mT)
+            inner = identity_factors(depth, r, 1.0 if zero_left else self.init_scale[adapter_name])
+            factors.inner.copy_(inner.view(depth, *[1] * len(self.experts), r, r))
 
     @torch.no_grad()
     def set_update(
@@ -295,9 +329,10 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         core[: len(singular_values)] += singular_values.to(core)
         if self.zero_left[adapter_name]:  # a direction without an update starts as in a new adapter
             core[len(singular_values) :] = 1
-        factors.left[:, : left.shape[1]].copy_(left)
-        factors.right[: right.shape[1]].copy_(right.mT)
-        factors.inner.copy_(torch.diag(core ** (1 / depth)).expand(depth, r, r))
+        with gathered(factors, writing=True):
+            factors.left[:, : left.shape[1]].copy_(left)
+            factors.right[: right.shape[1]].copy_(right.mT)
+            factors.inner.copy_(torch.diag(core ** (1 / depth)).expand(depth, r, r))
 
     def factors(self, adapter_name: str) -> Factors:
         """The current parameters. Look them up each time: PEFT's dtype casts and loaders replace them."""
@@ -305,7 +340,7 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         return Factors(*(cast(Factor, container[adapter_name]).weight for container in containers))
 
     def scaled_left(self, adapter_name: str) -> Float[Tensor, "m r"]:
-        """B = U(core − ε^L·I) of one adapter, in float32 or better."""
+        """B = U(core − ε^L·I) of one adapter, in float32 or better; under ZeRO-3 outside of forward, gather before."""
         left, inner, _ = self.factors(adapter_name)
         return scaled_left(left, inner, self.init_scale[adapter_name])
 
@@ -364,8 +399,10 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
 
     def get_delta_weight(self, adapter_name: str) -> Tensor:
         """ΔW = U(core − ε^L·I)Vᵀ, dense, in the layer's weight layout, in float32 or better."""
-        B = self.scaled_left(adapter_name)
-        return self.in_layout(B @ self.factors(adapter_name).right.to(B.dtype))
+        factors = self.factors(adapter_name)
+        with gathered(factors):
+            B = self.scaled_left(adapter_name)
+            return self.in_layout(B @ factors.right.to(B.dtype))
 
     # -- merging ----------------------------------------------------------------------------------------------------
 
@@ -376,13 +413,14 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         for adapter_name in check_adapters_to_merge(self, adapter_names):
             if adapter_name not in self.deeplora_left:
                 continue
-            merged = self._shifted_weight(adapter_name, +1)
-            if safe_merge and not bool(torch.isfinite(merged).all()):
-                raise ValueError(
-                    f"merging adapter {adapter_name!r} gives non-finite weights, so it was not merged; "
-                    "the adapter itself holds NaN or infinite numbers"
-                )
-            self.set_base_weight(merged)
+            with gathered([self.base_parameter()], writing=True):
+                merged = self._shifted_weight(adapter_name, +1)
+                if safe_merge and not bool(torch.isfinite(merged).all()):
+                    raise ValueError(
+                        f"merging adapter {adapter_name!r} gives non-finite weights, so it was not merged; "
+                        "the adapter itself holds NaN or infinite numbers"
+                    )
+                self.set_base_weight(merged)
             self.merged_adapters.append(adapter_name)
 
     @torch.no_grad()
@@ -394,7 +432,8 @@ class DeepLoraLayer(nn.Module, BaseTunerLayer):
         while self.merged_adapters:
             adapter_name = self.merged_adapters.pop()
             if adapter_name in self.deeplora_left:
-                self.set_base_weight(self._shifted_weight(adapter_name, -1))
+                with gathered([self.base_parameter()], writing=True):
+                    self.set_base_weight(self._shifted_weight(adapter_name, -1))
 
     def _refuse_to_merge(self) -> None:
         backend = self.quantization_backend

@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.adapters.layers.base import DeepLoraLayer, WeightGradient
+from rankwise.adapters.sharded_weights import full_shape
 
 PLAIN_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -19,7 +20,7 @@ class DeepLoraConv(DeepLoraLayer):
 
     def project(self, x: Tensor, right: Float[Tensor, "r n"], adapter_name: str) -> Tensor:
         base = self._convolution()
-        kernels = right.view(-1, *base.weight.shape[1:])
+        kernels = right.view(-1, *full_shape(base.weight)[1:])
         return base._conv_forward(self.deeplora_dropout[adapter_name](x), kernels, None)
 
     @property
@@ -32,17 +33,17 @@ class DeepLoraConv(DeepLoraLayer):
 
     def add_gradient(self, gradient: WeightGradient, delta: Tensor, x: Tensor) -> None:
         base = self._convolution()
-        kernels = torch.zeros_like(base.weight, dtype=delta.dtype, requires_grad=True)
+        kernels = delta.new_zeros(full_shape(base.weight)).requires_grad_()
         with torch.enable_grad():
             output = base._conv_forward(x.to(delta.dtype), kernels, None)
         (found,) = torch.autograd.grad(output, kernels, delta)
         gradient.add_matrix(found.flatten(1))
 
     def in_layout(self, delta: Float[Tensor, "m n"]) -> Tensor:
-        return delta.view(self._convolution().weight.shape)
+        return delta.view(full_shape(self._convolution().weight))
 
     def _dimensions(self) -> int:
-        return self._convolution().weight.ndim - 2
+        return len(full_shape(self._convolution().weight)) - 2
 
     def __repr__(self) -> str:
         return "deeplora." + super().__repr__()
