@@ -193,7 +193,7 @@ def test_another_encoding_is_named_with_the_way_out(tmp_path: Path, ending: str)
 @pytest.mark.parametrize("name", ["d.txt", "d.xlsx", "d", "d.csv.gz"])
 def test_unknown_ending(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_text("text,label\na,b\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"expected \.csv, \.tsv, \.jsonl, \.parquet or hub:NAME"):
+    with pytest.raises(UserError, match=r"expected \.csv, \.tsv, \.jsonl, \.parquet, \.conll .*or hub:NAME"):
         read_table(str(tmp_path / name))
 
 

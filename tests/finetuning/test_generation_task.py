@@ -17,8 +17,7 @@ from rankwise.errors import UserError
 from rankwise.finetuning import TASKS, Table, make_task, read_table, text_metrics
 from rankwise.finetuning.data import Columns
 from rankwise.finetuning.models import load_model, load_tokenizer
-from rankwise.finetuning.tasks import Classification
-from rankwise.finetuning.text_tasks import Generation
+from rankwise.finetuning.tasks import Classification, Generation
 from tests.finetuning.tiny_checkpoint import save_tiny_checkpoint, word_tokenizer
 
 PAIRS = [("red cat", "good dog bird"), ("blue house river", "sad cloud")]

@@ -76,7 +76,7 @@ def test_a_class_without_a_row_is_unlikely_but_possible(tiny: SimpleNamespace) -
         (by_class[0][:12], range(1, len(by_class))),
         (by_class[0][:6] + by_class[1][:6], range(2, len(by_class))),
     ):
-        weight, bias = task.fit_linear(features - features.mean(0), rows, 0.1, intercept=True)
+        weight, bias = task.fit_linear(features - features.mean(0), task.targets[rows], 0.1, intercept=True)
         assert np.isfinite(weight).all() and np.isfinite(bias).all()
         assert all(not weight[k].any() and bias[k] == pytest.approx(-np.log(24)) for k in missing)
         assert bias.argmax() not in missing

@@ -154,11 +154,15 @@ def test_a_users_file_is_read_as_a_table(tmp_path: Path, monkeypatch: pytest.Mon
     ("name", "message"),
     [
         ("missing.csv", r"data file missing\.csv does not exist"),
-        (".", "is a folder"),
+        ("a folder", "is a folder without images"),
         ("hub:", "needs a name"),
     ],
 )
-def test_a_users_table_that_cannot_be_read(name: str, message: str) -> None:
+def test_a_users_table_that_cannot_be_read(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a folder").mkdir()
     with pytest.raises(UserError, match=message):
         load_named_task(name)
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from rankwise.errors import UserError
-from rankwise.finetuning import Interrupted, finetune, make_task, read_table, resume
+from rankwise.finetuning import FinetuneSettings, Interrupted, finetune, make_task, read_table, resume
 from rankwise.finetuning.models import load_model, load_tokenizer
 from rankwise.finetuning.tasks import PairSimilarity
 from tests.finetuning.run_outcomes import STEPS, losses, outcome, predictions, settings

@@ -1,4 +1,4 @@
-"""A BERT of a few kilobytes with its tokenizer, saved as a Hugging Face folder: a whole run in seconds, no download."""
+"""Models of a few kilobytes saved as Hugging Face folders, and data for them: a whole run in seconds, no download."""
 
 import csv
 import json
@@ -85,6 +85,55 @@ def save_tiny_checkpoint(folder: Path, *, embedding: bool = True, dropout: float
         ]
         (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
     return folder
+
+
+def save_tiny_vit(folder: Path, size: int = 16) -> Path:
+    """Save a random two-layer ViTForImageClassification of size × size images in four patches, and its processor."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(7)
+    config = ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=size,
+        patch_size=size // 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(folder)
+    ViTImageProcessorPil(size={"height": size, "width": size}).save_pretrained(folder)
+    return folder
+
+
+def stripes(horizontal: bool, seed: int, size: int = 20) -> Any:
+    """An RGB image (size, size, 3) of dark and light stripes across or down, of random colours, in noise."""
+    draw = np.random.default_rng(seed)
+    wave = np.arange(size) // 3 % 2
+    colours = np.stack([draw.integers(0, 90, size=3), draw.integers(160, 256, size=3)])
+    image = colours[np.broadcast_to(wave[:, None] if horizontal else wave, (size, size))]
+    return np.clip(image + draw.normal(0, 8, image.shape), 0, 255).astype(np.uint8)
+
+
+def write_images(folder: Path, rows: int = 40) -> Path:
+    """Stripes in the subfolders ``across`` and ``down``, as PNG and JPEG."""
+    from PIL import Image
+
+    for row in range(rows):
+        name = "across" if row % 2 else "down"
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(stripes(row % 2 == 1, row)).save(folder / name / f"{row:03}.{'png' if row % 3 else 'jpg'}")
+    return folder
+
+
+def write_conll(path: Path, rows: int = 40) -> Path:
+    """Sentences in which colours are entities: a "red" or "blue" and the colours that follow it, of one type each."""
+    kinds = {"red": "WARM", "blue": "COLD", "green": "COLD"}
+    lines = []
+    for text in sentences(rows, 6):
+        before = None
+        for word in text.split():
+            kind = kinds.get(word)
+            lines.append(f"{word} x {'O' if kind is None else ('I-' if kind == before else 'B-') + kind}")
+            before = kind
+        lines.append("")
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:

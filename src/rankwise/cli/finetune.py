@@ -35,13 +35,17 @@ def finetune(
     out: Annotated[str, typer.Option(help="Run folder to create.")],
     model: Annotated[str | None, typer.Option(help="Model folder, or a hub name such as org/name.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="CSV, TSV, JSONL or Parquet file, or hub:NAME.", rich_help_panel=_DATA)
+        str | None,
+        typer.Option(
+            help="CSV, TSV, JSONL, Parquet or CoNLL file, folder of images, or hub:NAME.", rich_help_panel=_DATA
+        ),
     ] = None,
     task: Annotated[
         str,
         typer.Option(
-            help="auto, pair-similarity (two texts and a score on an embedding model), classification, regression, generation "
-            "(text from text) or causal-lm (prompt and completion).",
+            help="auto, pair-similarity (two texts and a score on an embedding model), classification, regression, "
+            "token-classification (a tag a word), image-classification, generation (text from text) or causal-lm (prompt and "
+            "completion).",
             rich_help_panel=_DATA,
         ),
     ] = "auto",
@@ -62,6 +66,27 @@ def finetune(
     text: Annotated[str | None, typer.Option(help="Text column; guessed otherwise.", rich_help_panel=_DATA)] = None,
     text_pair: Annotated[str | None, typer.Option(help="Second text column.", rich_help_panel=_DATA)] = None,
     label: Annotated[str | None, typer.Option(help="Label or score column.", rich_help_panel=_DATA)] = None,
+    metric: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="One more metric to report, by name (balanced_accuracy, r2, …) or as module:function; repeatable.",
+            rich_help_panel=_DATA,
+        ),
+    ] = None,
+    primary_metric: Annotated[
+        str | None,
+        typer.Option(help="The metric that early stopping and the report look at.", rich_help_panel=_DATA),
+    ] = None,
+    class_weights: Annotated[
+        str | None,
+        typer.Option(
+            help="How much a row of a class counts: balanced, or by name, as in neg=1,pos=3.", rich_help_panel=_TRAINING
+        ),
+    ] = None,
+    packing: Annotated[
+        bool,
+        typer.Option("--packing", help="Of causal-lm: short rows share a sequence.", rich_help_panel=_TRAINING),
+    ] = False,
     r: Annotated[
         int, typer.Option("--rank", "-r", help="Width: upper bound on the rank.", rich_help_panel=_ADAPTER)
     ] = 8,
@@ -238,6 +263,10 @@ def finetune(
         validate_every=validate_every,
         validation_rows=validation_rows,
         validation_data=validation_data,
+        class_weights=_weights(class_weights),
+        packing=packing,
+        metrics=tuple(metric or ()),
+        primary_metric=primary_metric,
         init_batches=init_batches,
         max_length=max_length,
         precision=precision,
@@ -246,6 +275,22 @@ def finetune(
     )
     launched = _on_processes(context, lambda: processes or runner.usual_processes(batch_size, accumulate))
     return launched if launched is not None else _write_report_of(runner.finetune(settings, console), out, console)
+
+
+def _weights(given: str | None) -> str | dict[str, float] | None:
+    """``balanced``, or the weights of ``neg=1,pos=3``."""
+    if given is None or "=" not in given:
+        return given
+    weights: dict[str, float] = {}
+    for part in given.split(","):
+        name, _, weight = part.rpartition("=")
+        try:
+            weights[name.strip()] = float(weight)
+        except ValueError:
+            raise UserError(
+                f"--class-weights must be balanced or weights by name such as neg=1,pos=3, got {part!r}"
+            ) from None
+    return weights
 
 
 def _load():  # type: ignore[no-untyped-def]

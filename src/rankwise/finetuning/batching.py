@@ -10,7 +10,14 @@ from torch import Tensor
 Batch = dict[str, Any]
 Array = Any  # numpy array of floats or ints
 
+_BESIDES = ("targets", "word_places", "word_counts")  # of a batch: what the model is not given
+
 _CALL = 48  # padding tokens that cost as much as one more call of the model on a CPU
+
+
+def model_inputs(batch: Batch) -> Batch:
+    """What a batch holds for the model: all but targets and what says which word a token is of."""
+    return {key: value for key, value in batch.items() if key not in _BESIDES}
 
 
 def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Tensor:
@@ -20,7 +27,7 @@ def in_parts_of_equal_length(batch: Batch, run: Callable[[Batch], Tensor]) -> Te
     same outputs and the same gradient (dropout draws differ) for less work.
     Right-padded batches only; a GPU gets the batch whole.
     """
-    inputs = {key: value for key, value in batch.items() if key != "targets"}
+    inputs = model_inputs(batch)
     mask = inputs.get("attention_mask")
     if mask is None or mask.device.type != "cpu" or not bool(mask[:, 0].all()):
         return run(inputs)

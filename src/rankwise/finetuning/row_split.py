@@ -2,12 +2,10 @@
 
 from dataclasses import dataclass, replace
 
-import numpy as np
-
 from rankwise.errors import UserError
-from rankwise.finetuning.data import Table, draw, read_table
+from rankwise.finetuning.data import draw, read_table
 from rankwise.finetuning.settings import FinetuneSettings
-from rankwise.finetuning.tasks import Task
+from rankwise.finetuning.table import Table
 
 
 @dataclass(frozen=True)
@@ -27,14 +25,15 @@ class RowSplit:
 
 @dataclass(frozen=True)
 class LabelledRows:
-    """All rows of a run in one table: of --data first, then of --eval-data, then of --validation-data."""
+    """All rows of a run in one table: of --data first, then those held out by name, then of --validation-data."""
 
     table: Table
+    files: tuple[str, ...]
     of_data: int
     of_eval_data: int
     of_validation_data: int
 
-    def require_unchanged(self, revision: str, settings: FinetuneSettings) -> None:
+    def require_unchanged(self, revision: str) -> None:
         """Refuse to go on with other rows than a run began with.
 
         Raises:
@@ -42,9 +41,8 @@ class LabelledRows:
         """
         if revision == self.table.revision:
             return
-        files = [f for f in (settings.data, settings.eval_data, settings.validation_data) if f is not None]
-        pairs = zip(files, revision.split("+"), self.table.revision.split("+"), strict=False)
-        changed = next((file for file, was, now in pairs if was != now), settings.data)
+        pairs = zip(self.files, revision.split("+"), self.table.revision.split("+"), strict=False)
+        changed = next((file for file, was, now in pairs if was != now), self.files[0])
         raise UserError(f"{changed} has changed since the run began; start a new run or restore the file")
 
 
@@ -56,11 +54,13 @@ def read_rows(settings: FinetuneSettings) -> LabelledRows:
     """
     table = read_table(settings.data, text=settings.text, text_pair=settings.text_pair, label=settings.label)
     columns = table.columns
-    counts = [len(table.rows)]
-    for file in (settings.eval_data, settings.validation_data):
+    counts, files = [len(table.rows)], [settings.data]
+    # a folder of images may bring its own part to evaluate on
+    for file in (settings.eval_data or table.evaluation, settings.validation_data):
         if file is None:
             counts.append(0)
             continue
+        files.append(file)
         more = read_table(file, text=columns.text, text_pair=columns.text_pair, label=columns.label)
         counts.append(len(more.rows))
         table = replace(
@@ -69,7 +69,7 @@ def read_rows(settings: FinetuneSettings) -> LabelledRows:
             revision=f"{table.revision}+{more.revision}",
             dropped=table.dropped + more.dropped,
         )
-    return LabelledRows(table, *counts)
+    return LabelledRows(table, tuple(files), *counts)
 
 
 def split_rows(settings: FinetuneSettings, rows: LabelledRows) -> RowSplit:
@@ -81,7 +81,7 @@ def split_rows(settings: FinetuneSettings, rows: LabelledRows) -> RowSplit:
     count = rows.of_data
     if settings.shots is not None and settings.shots > count:
         raise UserError(f"--shots {settings.shots} asks for more rows than {settings.data} has ({count})")
-    if settings.eval_data is not None:
+    if rows.of_eval_data:
         train, _ = draw(count, settings.shots or count, settings.seed)
         held_out = list(range(count, count + rows.of_eval_data))
     else:
@@ -114,15 +114,3 @@ def _set_apart(settings: FinetuneSettings, rows: LabelledRows, train: list[int])
         )
     apart, kept = draw(len(train), size, settings.seed)
     return [train[i] for i in kept], [train[i] for i in apart]
-
-
-def require_different_labels(task: Task, split: RowSplit) -> None:
-    """Refuse training rows from which nothing can be learnt.
-
-    Raises:
-        UserError: all have the same label.
-    """
-    if len(np.unique(task.targets[split.train])) < 2:
-        raise UserError(
-            f"all {len(split.train)} training rows have the same label; take more --shots or another --seed"
-        )

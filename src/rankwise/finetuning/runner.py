@@ -19,11 +19,11 @@ from rankwise.finetuning.early_stopping import EarlyStopping
 from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.launching import usual_processes
 from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
-from rankwise.finetuning.models import load_model, load_tokenizer, model_source, text_length
+from rankwise.finetuning.models import load_model, load_preprocessor, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.processes import launched_processes, this_device
 from rankwise.finetuning.recorder import RunRecorder
-from rankwise.finetuning.row_split import RowSplit, read_rows, require_different_labels, split_rows
+from rankwise.finetuning.row_split import RowSplit, read_rows, split_rows
 from rankwise.finetuning.run_folder import RunFolder
 from rankwise.finetuning.run_results import Scored, median_step_seconds, run_config, write_results
 from rankwise.finetuning.settings import AUTO, FinetuneSettings
@@ -119,8 +119,7 @@ class _Run:
     def done(self) -> dict[str, Any]:
         parts_of_a_step(self.settings, self.processes)  # a mistake to find before anything takes long
         source = model_source(self.settings.model)
-        tokenizer, revision = load_tokenizer(source)
-        self._prepare_rows(tokenizer, source)
+        revision = self._prepare_rows(source)
         task, split = self.task, self.split
         self._choose_what_was_left_open()
         settings = self.settings
@@ -157,16 +156,29 @@ class _Run:
         self.processes.wait()
         return result
 
-    def _prepare_rows(self, tokenizer: Any, source: str) -> None:
+    def _prepare_rows(self, source: str) -> str | None:
+        """Read, split and understand the rows; the model's revision on the hub, None for a folder."""
         settings, resumed = self.settings, self.resumed
         rows = read_rows(settings)
+        tokenizer, revision = load_preprocessor(source, rows.table)
         if resumed:
-            rows.require_unchanged(resumed["data"]["revision"], settings)
+            rows.require_unchanged(resumed["data"]["revision"])
         self.split = split_rows(settings, rows)
         name = resumed["task"] if resumed else settings.task
-        self.task = make_task(name, rows.table, tokenizer, source=source, max_length=settings.max_length)
-        require_different_labels(self.task, self.split)
+        self.task = make_task(
+            name,
+            rows.table,
+            tokenizer,
+            source=source,
+            max_length=settings.max_length,
+            class_weights=settings.class_weights,
+            packing=settings.packing,
+            metrics=settings.metrics,
+            primary_metric=settings.primary_metric,
+        )
+        self.task.require_training_labels(self.split.train)
         self.task.learn_scale(self.split.train)
+        return revision
 
     def _choose_what_was_left_open(self) -> None:
         rows = len(self.split.train)
@@ -314,7 +326,7 @@ class _Run:
             score,
             every=self.settings.score_every,
             patience=self.settings.early_stopping,
-            greater_is_better=getattr(self.task, "greater_is_better", True),
+            greater_is_better=self.task.greater_is_better,
             record=recorder.record_validation,
         )
 

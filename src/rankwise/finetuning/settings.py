@@ -63,9 +63,9 @@ class FinetuneSettings:
 
     Attributes:
         model: local folder or hub name of a pretrained model.
-        data: CSV, TSV, JSONL or Parquet file, or ``hub:NAME``.
+        data: CSV, TSV, JSONL, Parquet or CoNLL file, a folder of images, or ``hub:NAME``.
         out: run folder to create.
-        task: auto, pair-similarity, classification or regression.
+        task: auto, or one of :data:`rankwise.finetuning.task_choice.TASKS`.
         method: one of :data:`rankwise.finetuning.methods.METHODS`, or ``auto``: what the committed study recommends for
             this task and number of rows (docs/few-labels.md).
         head: trained, or frozen at its start as in the paper; without effect on a task that has none.
@@ -93,6 +93,11 @@ class FinetuneSettings:
         validate_every: steps between those scores; a tenth of the run unless given.
         validation_rows: how many of the labelled rows are set apart for them; a fifth unless given.
         validation_data: a file that brings such rows instead.
+        class_weights: of a task with classes: ``balanced``, or a weight by class name; see
+            :func:`rankwise.finetuning.class_weights.class_weights`.
+        packing: several rows of ``causal-lm`` in one sequence: less padding, the same steps.
+        metrics: more to report, by name, or ``module:function`` with a function (predictions, targets) → number.
+        primary_metric: which of the reported ones early stopping and the report look at; the task's own unless given.
         init_batches: batches averaged for the gradient that places U and V.
         max_length: tokens kept of every text.
         precision: auto measures bf16 autocast against fp32 on this machine and takes it only where it is faster.
@@ -132,6 +137,10 @@ class FinetuneSettings:
     validate_every: int | None = None
     validation_rows: int | None = None
     validation_data: str | None = None
+    class_weights: str | dict[str, float] | None = None
+    packing: bool = False
+    metrics: tuple[str, ...] = ()
+    primary_metric: str | None = None
     init_batches: int = 1
     max_length: int = 128
     precision: str = "auto"
@@ -209,6 +218,7 @@ class FinetuneSettings:
         unknown = sorted(set(content) - known)
         if unknown:
             raise UserError(f"the run was made by another version of rankwise (unknown settings: {', '.join(unknown)})")
+        content = {**content, "metrics": tuple(content.get("metrics", ()))}
         try:
             # what a run followed before either could be chosen
             return cls(**{"schedule": "constant", "direction_dropout": 0.0, **content})

@@ -6,7 +6,7 @@ import numpy as np
 
 from rankwise.errors import UserError
 
-_ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
+ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 def require_text_metrics() -> None:
@@ -41,24 +41,33 @@ def rouge(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, floa
     from rouge_score.rouge_scorer import RougeScorer
 
     if not texts:
-        return dict.fromkeys(_ROUGE)
-    scorer = RougeScorer(list(_ROUGE))
+        return dict.fromkeys(ROUGE)
+    scorer = RougeScorer(list(ROUGE))
     rows = [scorer.score_multi(list(known), text) for text, known in zip(texts, references, strict=True)]
-    return {name: float(np.mean([row[name].fmeasure for row in rows])) for name in _ROUGE}
+    return {name: float(np.mean([row[name].fmeasure for row in rows])) for name in ROUGE}
+
+
+def meteor_names() -> tuple[str, ...]:
+    """``meteor`` where WordNet is on the machine, else nothing."""
+    try:
+        from nltk.corpus import wordnet
+
+        wordnet.ensure_loaded()
+    except (ImportError, LookupError):
+        return ()
+    return ("meteor",)
 
 
 def meteor(texts: list[str], references: list[tuple[str, ...]]) -> dict[str, float | None]:
     """METEOR of the best reference, mean over texts; empty where WordNet is not on the machine."""
-    try:
-        from nltk.corpus import wordnet
-        from nltk.tokenize import NLTKWordTokenizer
-        from nltk.translate.meteor_score import meteor_score
-
-        wordnet.ensure_loaded()
-    except (ImportError, LookupError):
+    if not meteor_names():
         return {}
     if not texts:
         return {"meteor": None}
+    from nltk.corpus import wordnet
+    from nltk.tokenize import NLTKWordTokenizer
+    from nltk.translate.meteor_score import meteor_score
+
     words = NLTKWordTokenizer().tokenize  # word_tokenize would look for a sentence model
     rows = [
         meteor_score([words(known) for known in several], words(text), wordnet=wordnet)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from transformers import Trainer
 
 from rankwise.finetuning import methods
@@ -34,7 +33,7 @@ class TaskTrainer(Trainer):
         batches = StepBatches(
             positions,
             settings.batch_size,
-            getattr(task, "items", len),
+            task.items,
             seed=settings.seed,
             passes=settings.accumulate,
             processes=processes.count,
@@ -43,7 +42,6 @@ class TaskTrainer(Trainer):
         self._loader = StepLoader(batches, task)
         super().__init__(train_dataset=self._loader.dataset, **kwargs)
         self.model_accepts_loss_kwargs = False
-        self._normalizations = [m for m in kwargs["model"].modules() if isinstance(m, _BatchNorm)]
 
     def get_train_dataloader(self) -> StepLoader:
         return self._loader
@@ -51,10 +49,8 @@ class TaskTrainer(Trainer):
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, **_: Any
     ) -> Tensor | tuple[Tensor, dict[str, Any]]:
-        for module in self._normalizations:
-            module.eval()  # running statistics are no part of an adapter: they stay the pretrained model's
         batch = dict(inputs)
-        weight = batch.pop(STEP_WEIGHT)
+        weight = batch.pop(STEP_WEIGHT, 1.0)
         loss = self.task.loss(model, batch)
         if weight != 1.0:
             loss = loss * weight

@@ -252,20 +252,21 @@ def _opened(folder: StudyFolder, wanted: StudySettings, *, plan: bool = True) ->
 
 def _measured_precision(settings: StudySettings) -> str:
     from rankwise.finetuning.methods import adapt
-    from rankwise.finetuning.models import device, load_model, model_source, text_length
+    from rankwise.finetuning.models import load_model, model_source, text_length
     from rankwise.finetuning.precision import choose_precision
+    from rankwise.finetuning.processes import this_device
 
     _, task, revision = load_task(settings, settings.tasks[0])
     run = RunSpec("tune", settings.tasks[0], "lora", settings.batch_size, 0, 1e-3)
     model = adapt(
-        load_model(task, model_source(settings.model), revision).to(device()),
+        load_model(task, model_source(settings.model), revision).to(this_device()),
         task,
         replace(settings, methods=("lora",), fixed=()).run_settings(run),
     )
     task.max_length = text_length(model, settings.max_length)
     rows = range(min(settings.batch_size, len(task.table.rows)))
-    batch = {k: v.to(device()) for k, v in task.collate(list(rows)).items()}
-    return choose_precision(task, model, batch, device())[0]
+    batch = {k: v.to(this_device()) for k, v in task.collate(list(rows)).items()}
+    return choose_precision(task, model, batch, this_device())[0]
 
 
 def _rates(

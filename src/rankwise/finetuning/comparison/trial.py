@@ -22,8 +22,9 @@ from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings
 from rankwise.finetuning.data import Table, draw
 from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
-from rankwise.finetuning.models import device, load_model, load_tokenizer, model_source, text_length
+from rankwise.finetuning.models import load_model, load_preprocessor, model_source, text_length
 from rankwise.finetuning.named_tasks import NamedTask, load_named_task
+from rankwise.finetuning.processes import this_device
 from rankwise.finetuning.settings import FinetuneSettings
 from rankwise.finetuning.task_choice import make_task
 from rankwise.finetuning.tasks import Task
@@ -115,7 +116,7 @@ def split_rows(named: NamedTask, study: StudySettings, task: Task) -> Rows:
         picked, rest = draw(len(pool), max(1, len(pool) // 4), _SPLIT_SEED)
         evaluation, pool = [pool[i] for i in picked], [pool[i] for i in rest]
     if study.max_eval_tokens is not None:
-        evaluation = [p for p in evaluation if _token_count(task, p) <= study.max_eval_tokens]
+        evaluation = [p for p in evaluation if task.token_count(p) <= study.max_eval_tokens]
     if not evaluation:
         raise UserError(f"no held-out row of {named.name} has at most --max-eval-tokens {study.max_eval_tokens} tokens")
     if len(evaluation) > study.eval_limit:
@@ -151,8 +152,8 @@ def forget_tables() -> None:
 def _load_task(model: str, name: str, root: str | None, max_length: int) -> tuple[NamedTask, Task, str | None]:
     named = load_named_task(name, Path(root) if root else None)
     source = model_source(model)
-    tokenizer, revision = load_tokenizer(source)
     table: Table = named.train
+    tokenizer, revision = load_preprocessor(source, table)
     if named.evaluation is not None:
         table = replace(table, rows=table.rows + named.evaluation.rows)
     return named, make_task(named.kind, table, tokenizer, source=source, max_length=max_length), revision
@@ -169,7 +170,7 @@ def _run(study: StudySettings, run: RunSpec) -> dict[str, Any]:
         settings = replace(settings, lr=default_learning_rate(settings, task))
     set_seed(run.seed)
     model = load_model(task, model_source(study.model), revision)
-    model.to(device())
+    model.to(this_device())
     task.max_length = text_length(model, settings.max_length)
     if settings.head_start == "fitted":
         fit_head(model, task, train)
@@ -264,11 +265,6 @@ def _without_data_root(text: str, study: StudySettings) -> str:
     for root in (study.data_root, os.environ.get("RANKWISE_DATA")):
         text = text.replace(root, "DATA_ROOT") if root else text
     return text
-
-
-def _token_count(task: Task, position: int) -> int:
-    row = task.table.rows[position]
-    return len(task.tokenizer(row["text"], row["text_pair"])["input_ids"])
 
 
 def _forget_peak_memory() -> None:
