@@ -63,7 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     except typer.Abort:
         return _complain("interrupted", 1)
     except _USAGE_ERROR as error:
-        said = error.format_message().strip() or "something is missing"  # nothing but the command: its help has been shown
+        # no message where only the command was typed: its help has been shown
+        said = error.format_message().strip() or "something is missing"
         return _complain(f"{said}\nsee rankwise --help, or rankwise COMMAND --help", 2)
     except KeyboardInterrupt:
         return _complain("interrupted", 1)
