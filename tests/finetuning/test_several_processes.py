@@ -107,15 +107,23 @@ def processes_of(parent: int) -> dict[int, int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def long_run(tiny: SimpleNamespace, model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """Options of a run in two processes that leaves time to kill one, and the folder of one that was let alone."""
+    more = "--method deep-lora --batch-size 4 --processes 2"
+    given = options(model, tiny, "classification", more).replace("--steps 11", "--steps 150")
+    out = tmp_path_factory.mktemp("long") / "run"
+    run(ALONE_COMMAND, out, given)
+    return given, out
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for the processes in /proc")
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_dies_leaves_a_resumable_run(tiny: SimpleNamespace, tmp_path: Path, model: str, rank: int) -> None:
-    more = "--method deep-lora --batch-size 4 --processes 2"
-    long = options(model, tiny, "classification", more).replace("--steps 11", "--steps 300")
-    run(ALONE_COMMAND, tmp_path / "whole", long)
+def test_a_rank_that_dies_leaves_a_resumable_run(tmp_path: Path, long_run: tuple[str, Path], rank: int) -> None:
+    given, whole = long_run
     out = tmp_path / "run"
-    process = start(ALONE_COMMAND, out, long)
+    process = start(ALONE_COMMAND, out, given)
     wait_for_checkpoint(out, process)
     os.kill(processes_of(process.pid)[rank], signal.SIGKILL)
     _, said = process.communicate(timeout=120)
@@ -124,7 +132,7 @@ def test_a_rank_that_dies_leaves_a_resumable_run(tiny: SimpleNamespace, tmp_path
     assert "Traceback" not in said
     assert not (out / "result.json").exists()
     run(ALONE_COMMAND, out, "--resume")
-    assert outcome(out) == outcome(tmp_path / "whole")
+    assert outcome(out) == outcome(whole)
 
 
 @pytest.mark.slow
