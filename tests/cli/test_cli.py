@@ -127,7 +127,7 @@ BAD = {
     "unknown method": FINETUNE + "--method lorra",
     "unknown preset": FINETUNE + "--preset nature",
     "preset with dora": FINETUNE + "--preset paper --method dora",
-    "method for studies only": FINETUNE + "--method pissa",
+    "method for studies only": FINETUNE + "--method full-width",
     "unknown task": FINETUNE + "--task ranking",
     "task without its columns": "finetune --model {model} --data {classes} --out {out} --task pair-similarity",
     "scores that are names": "finetune --model {model} --data {classes} --out {out} --task regression",
@@ -211,7 +211,7 @@ def test_our_errors_begin_with_error_in_lower_case(capsys: Captured) -> None:
 
 
 def test_markup_in_a_name_is_shown_as_it_is(capsys: Captured, tmp_path: Path) -> None:
-    assert main(["finetune", "--model", "./[bold]x[/bold]", "--data", "d.csv", "--out", str(tmp_path / "o")]) == 2
+    assert main(["finetune", "--model", "./[bold]x[/bold]", "--data", "./[bold]x[/bold]", "--out", str(tmp_path / "o")]) == 2
     assert "./[bold]x[/bold]" in capsys.readouterr().err
 
 

@@ -322,3 +322,31 @@ def test_what_early_stopping_looked_at_is_drawn(tmp_path: Path) -> None:
 def test_without_early_stopping_nothing_is_said_of_it(tmp_path: Path) -> None:
     write_report([finished_run(tmp_path / "run")], tmp_path / "page.html")
     assert "When to stop" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_an_error_is_better_lower(tmp_path: Path) -> None:
+    runs = [
+        finished_run(tmp_path / name, method=name, before=0.9, after=after, greater_is_better=False)
+        for name, after in (("lora", 0.5), ("deep-lora", 0.25))
+    ]
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "Lowest spearman: Deep LoRA with 0.2500, against LoRA 0.5000" in text
+    assert "do not support" not in text
+    worse = finished_run(tmp_path / "worse", before=0.1, after=0.2, greater_is_better=False)
+    assert "raised the error" in write_report([worse], tmp_path / "worse.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_method_whose_update_is_no_product(tmp_path: Path, alone: bool) -> None:
+    runs = [finished_run(tmp_path / "loha", method="loha", layers=[])]
+    runs += [] if alone else [finished_run(tmp_path / "lora", method="lora")]
+    text = write_report(runs, tmp_path / "page.html").read_text(encoding="utf-8")
+    assert ("Singular values of every update" in text) != alone
+    assert "no update is a product of two factors" in text
+
+
+def test_runs_that_look_at_different_metrics(tmp_path: Path) -> None:
+    one = finished_run(tmp_path / "one")
+    other = finished_run(tmp_path / "other", primary_metric="pearson")
+    with pytest.raises(UserError, match="different metrics"):
+        write_report([one, other], tmp_path / "page.html")

@@ -52,7 +52,8 @@ def finetune(
     method: Annotated[
         str,
         typer.Option(
-            help="deep-lora, lora, lora-plus, rslora, dora, lora-riemannian, or auto: what measured best for such a task.",
+            help="deep-lora, lora, dora, pissa, adalora, vera, loha, oft, … (docs/methods.md has all), or auto: what measured best "
+            "for such a task.",
             rich_help_panel=_ADAPTER,
         ),
     ] = "deep-lora",
@@ -210,9 +211,11 @@ def finetune(
             return _write_report(out, console)
         launched = _on_processes(context, lambda: processes or runner.processes_of(out))
         return launched if launched is not None else _write_report_of(runner.resume(out, console), out, console)
-    offered = [settings_module.AUTO, *(name for name, m in settings_module.METHODS.items() if m.offered)]
-    if method not in offered:
-        raise UserError(f"--method must be one of {', '.join(offered)}, got {method} (rankwise compare has more)")
+    methods = settings_module.METHODS
+    if method != settings_module.AUTO and not (method in methods and methods[method].offered):
+        offered = ", ".join([settings_module.AUTO, *(name for name, m in methods.items() if m.offered)])
+        why = f": {methods[method].why_not}" if method in methods else ""
+        raise UserError(f"--method must be one of {offered}; got {method}{why}")
     if model is None or data is None:
         missing = " and ".join(name for name, value in (("--model", model), ("--data", data)) if value is None)
         raise UserError(

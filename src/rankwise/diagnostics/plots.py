@@ -112,16 +112,17 @@ def validation_figure(runs: Sequence[Run]) -> Figure:
 
 
 def spectrum_figure(runs: Sequence[Run]) -> Figure:
-    """Singular values of every ΔW, one panel a run, one line a layer."""
+    """Singular values of every ΔW, one panel a run whose updates are products, one line a layer."""
+    factored = [(index, run) for index, run in enumerate(runs) if run["layers"]]
     with matplotlib.rc_context(_STYLE):
-        columns = min(len(runs), 3)
-        rows = -(-len(runs) // columns)
+        columns = min(len(factored), 3)
+        rows = -(-len(factored) // columns)
         figure = Figure(figsize=(7.2, 3.2 * rows))
         panels = figure.subplots(rows, columns, sharey=True, squeeze=False).ravel()
-        for unused in panels[len(runs) :]:
+        for unused in panels[len(factored) :]:
             unused.set_visible(False)
         floor = 1e-9
-        for index, (axes, run) in enumerate(zip(panels, runs, strict=False)):
+        for axes, (index, run) in zip(panels, factored, strict=False):
             for layer in run["layers"]:
                 values = np.maximum(layer["singular_values"], floor)
                 axes.plot(range(1, len(values) + 1), values, color=colour(index), alpha=0.35, linewidth=1)
@@ -143,6 +144,8 @@ def ranks_figure(runs: Sequence[Run]) -> Figure:
         axes = figure.add_subplot()
         bar = 0.8 / len(runs)
         for index, run in enumerate(runs):
+            if not run["layers"]:
+                continue
             x = [place[layer["name"]] + (index - (len(runs) - 1) / 2) * bar for layer in run["layers"]]
             axes.bar(
                 x, [layer["rank_99"] for layer in run["layers"]], bar, color=colour(index), label=_short(run["label"])
@@ -165,7 +168,7 @@ def sizes_figure(runs: Sequence[Run]) -> Figure:
         axes = figure.add_subplot()
         for row, run in enumerate(runs):
             saved, exported = run["adapter_bytes"] / 1e6, run["exported_bytes"] / 1e6
-            bars = [(exported, "as plain LoRA", 1.0)]
+            bars = [(exported, "as plain LoRA" if saved != exported else "", 1.0)]
             if saved != exported:
                 bars.insert(0, (saved, "as trained", 0.35))
             for place, (size, what, opacity) in enumerate(bars):

@@ -49,29 +49,33 @@ def write_report(
     _check_target(target)
     loaded = [read_run(Path(run)) for run in runs]
     _distinct_labels(loaded)
-    if len({run["task"] for run in loaded}) > 1:
-        raise UserError(
-            "these runs have different tasks and cannot share a page: "
-            + ", ".join(f"{run['folder']} ({run['task']})" for run in loaded)
-        )
+    for what, key in (("tasks", "task"), ("metrics", "metric")):
+        if len({run[key] for run in loaded}) > 1:
+            raise UserError(
+                f"these runs have different {what} and cannot share a page: "
+                + ", ".join(f"{run['folder']} ({run[key]})" for run in loaded)
+            )
     figures = [
         ("Score on held-out rows", "Hollow: the model before training. Filled: after.", plots.scores_figure(loaded)),
         ("Training loss", "One faint point a batch; the line is a running median.", plots.loss_figure(loaded)),
-        (
-            "Singular values of every update",
-            "A steep fall means that few directions do the work, whatever width was allowed.",
-            plots.spectrum_figure(loaded),
-        ),
-        (
-            "Rank found, layer by layer",
-            "Directions that hold 99 % of each update's energy. Dashed: the width allowed.",
-            plots.ranks_figure(loaded),
-        ),
-        ("Adapter size", "Bytes of the safetensors files.", plots.sizes_figure(loaded)),
     ]
     if any(run["validation_steps"] for run in loaded):
         note = "On labelled rows set apart. Dashed: the step whose adapter was kept."
-        figures.insert(2, ("When to stop", note, plots.validation_figure(loaded)))
+        figures.append(("When to stop", note, plots.validation_figure(loaded)))
+    if any(run["layers"] for run in loaded):  # else no update is a product of two factors
+        figures += [
+            (
+                "Singular values of every update",
+                "A steep fall means that few directions do the work, whatever width was allowed.",
+                plots.spectrum_figure(loaded),
+            ),
+            (
+                "Rank found, layer by layer",
+                "Directions that hold 99 % of each update's energy. Dashed: the width allowed.",
+                plots.ranks_figure(loaded),
+            ),
+        ]
+    figures.append(("Adapter size", "Bytes of the safetensors files.", plots.sizes_figure(loaded)))
     drawn = [(name, note, plots.as_svg(figure, name)) for name, note, figure in figures]
     text = _page(title, loaded, drawn, checks or {})
     write_json(
@@ -113,6 +117,7 @@ def _facts(
         "method": result["method"],
         "task": result["task"],
         "metric": metric,
+        "greater_is_better": result.get("greater_is_better", True),
         "before": result["scores"]["before"][metric],
         "after": result["scores"]["after"][metric],
         "scores": result["scores"],
@@ -187,11 +192,12 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
     about = f"{first['train_rows']:,} labelled rows, scored on {first['held_out_rows']:,} held-out rows"
     if not scored:
         return f"{about}. The score is undefined: every prediction is the same."
-    best = max(scored, key=lambda run: run["after"])
+    best = _best(scored)
+    ahead = "Highest" if first["greater_is_better"] else "Lowest"
     text = f"{about}. "
     if len(scored) > 1:
         rest = ", ".join(f"{run['label']} {run['after']:.4f}" for run in scored if run is not best)
-        text += f"Highest {first['metric']}: {best['label']} with {best['after']:.4f}, against {rest}. "
+        text += f"{ahead} {first['metric']}: {best['label']} with {best['after']:.4f}, against {rest}. "
     else:
         text += f"{best['label']} reaches {first['metric']} {best['after']:.4f}. "
     if first["before"] is not None:
@@ -199,15 +205,22 @@ def _verdict(runs: list[dict[str, Any]]) -> str:
     for run in runs:
         if run["ridge"] and run["ridge"]["abstains"]:
             text += f"{run['label']} left the model as it was: the labelled rows supported no change. "
-    if all(run["before"] is not None and run["after"] < run["before"] for run in scored):
-        text += "Training lowered the score: these labels do not support a change. "
+    sign = 1 if first["greater_is_better"] else -1
+    if all(run["before"] is not None and sign * (run["after"] - run["before"]) < 0 for run in scored):
+        effect = "lowered the score" if first["greater_is_better"] else "raised the error"
+        text += f"Training {effect}: these labels do not support a change. "
     return text + "One seed; another draw of rows can turn a small difference around."
 
 
+def _best(scored: list[dict[str, Any]]) -> dict[str, Any]:
+    return (max if scored[0]["greater_is_better"] else min)(scored, key=lambda run: run["after"])
+
+
 def _table(runs: list[dict[str, Any]]) -> str:
-    best = max((run["after"] for run in runs if run["after"] is not None), default=None)
+    scored = [run for run in runs if run["after"] is not None]
+    best = _best(scored)["after"] if scored else None
     head = ["method", f"{runs[0]['metric']} before", "after", "change", "directions (99\u00a0%)", "of", "trainable"]
-    head += ["LoRA file", "ms a step"]
+    head += ["file", "ms a step"]
     rows = []
     for run in runs:
         directions = sum(layer["rank_99"] for layer in run["layers"])
@@ -219,8 +232,8 @@ def _table(runs: list[dict[str, Any]]) -> str:
                 number(run["before"], ".4f"),
                 number(run["after"], ".4f"),
                 number(change, "+.4f"),
-                f"{directions}",
-                f"{width}",
+                f"{directions}" if width else "–",
+                f"{width}" if width else "–",
                 f"{run['trainable_parameters']:,}",
                 f"{run['exported_bytes'] / 1e3:,.0f} kB",
                 _step(run),
@@ -257,6 +270,8 @@ def _layers(run: dict[str, Any]) -> str:
         ]
         for layer in run["layers"]
     ]
+    if not rows:
+        return page.folded(f"{run['label']}: no update is a product of two factors", "")
     return page.folded(f"{run['label']}: {len(run['layers'])} layers", page.table(head, rows))
 
 

@@ -92,5 +92,7 @@ def _pairs(name: str, module: nn.Module, adapter_name: str) -> Iterator[tuple[st
         B, E, A, scaling, ranks_left = (container[adapter_name] for container in containers)
         yield name, B.float() * (scaling / (float(ranks_left) + 1e-5)), (A * E).float()
     elif isinstance(module, LoraLayer) and adapter_name in module.lora_A:
-        B, A = (cast(nn.Linear, side[adapter_name]).weight.float().flatten(1) for side in (module.lora_B, module.lora_A))
+        B, A = (
+            cast(nn.Linear, side[adapter_name]).weight.float().flatten(1) for side in (module.lora_B, module.lora_A)
+        )
         yield name, B * module.scaling[adapter_name], A

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch import nn
 
 from rankwise.adapters import save_as_lora
-from rankwise.diagnostics import adapter_spectra
+from rankwise.diagnostics import LayerSpectrum, adapter_spectra
 from rankwise.environment import environment
 from rankwise.files import replacing_folder, write_text
 from rankwise.finetuning.row_split import RowSplit
@@ -84,7 +84,7 @@ def write_results(
     folder.clear_unfinished_results()
     with replacing_folder(folder.adapter) as temporary:
         model.save_pretrained(str(temporary), safe_serialization=True)
-    layers = adapter_spectra(model)
+    layers = _spectra(model)
     exported = folder.adapter
     if settings.method == "deep-lora":
         summary = save_as_lora(model, folder.lora)
@@ -95,6 +95,7 @@ def write_results(
         "method": settings.method,
         "task": task.name,
         "primary_metric": task.primary_metric,
+        "greater_is_better": task.greater_is_better,
         "train_rows": len(split.train),
         "validation_rows": len(split.validation),
         "held_out_rows": len(split.held_out),
@@ -120,12 +121,12 @@ def _summary_line(result: dict[str, Any]) -> str:
     was, now = (result["scores"][when][metric] for when in ("before", "after"))
     shown = " -> ".join("undefined" if value is None else f"{value:.4f}" for value in (was, now))
     ranks = [layer["rank"] for layer in result["layers"]]
+    shown_ranks = f"ranks {min(ranks)} to {max(ranks)} (sum {sum(ranks)}), " if ranks else ""
     solved = result["solver"] == "ridge"
     cost = f"solved in {result['ridge']['seconds']:.1f} s" if solved else f"{result['seconds_per_step']:.2f} s a step"
     kept = result.get("early_stopping")
-    return (
-        f"{result['method']}: {metric} {shown}, ranks {min(ranks)} to {max(ranks)} (sum {sum(ranks)}), "
-        f"{result['exported_bytes']:,} bytes, {cost}" + (f", kept step {kept['best_step']}" if kept else "")
+    return f"{result['method']}: {metric} {shown}, {shown_ranks}{result['exported_bytes']:,} bytes, {cost}" + (
+        f", kept step {kept['best_step']}" if kept else ""
     )
 
 
@@ -136,6 +137,14 @@ def _write_predictions(folder: RunFolder, task: Task, split: RowSplit, before: S
     for position, was, now in zip(split.held_out, before.predictions, after.predictions, strict=True):
         writer.writerow([task.table.rows[position]["row"], task.targets[position], was, now])
     write_text(folder.predictions_file, text.getvalue(), newline="")
+
+
+def _spectra(model: nn.Module) -> list[LayerSpectrum]:
+    """Singular values layer by layer; empty for a method whose update is no product of two factors."""
+    try:
+        return adapter_spectra(model)
+    except ValueError:
+        return []
 
 
 def _folder_bytes(folder: Path) -> int:

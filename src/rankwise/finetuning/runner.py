@@ -18,7 +18,7 @@ from rankwise.finetuning.checkpoints import set_aside_damaged
 from rankwise.finetuning.early_stopping import EarlyStopping
 from rankwise.finetuning.head_start import fit_head
 from rankwise.finetuning.launching import usual_processes
-from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
+from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate, prepare
 from rankwise.finetuning.models import load_model, load_preprocessor, model_source, text_length
 from rankwise.finetuning.precision import choose_precision
 from rankwise.finetuning.processes import launched_processes, this_device
@@ -244,8 +244,10 @@ class _Run:
         }
 
     def _optimizer(self, model: nn.Module, batches: Sequence[dict[str, Any]], precision: str) -> torch.optim.Optimizer:
-        # a checkpoint brings its own factors
-        if self.settings.method == "deep-lora" and self.folder.last_checkpoint() is None:
+        if self.folder.last_checkpoint() is not None:  # it brings its own factors
+            return create_optimizer(model, self.task, self.settings)
+        prepare(model, self.task, self.settings, batches)
+        if self.settings.method == "deep-lora":
             summary = place_frames(model, self.task, self.settings, batches, precision)
             logger.info("%s", summary)
             share = "" if np.isnan(summary.captured) else f": {summary.captured:.0%} of the gradient's energy captured"

@@ -21,7 +21,7 @@ from rankwise.errors import UserError
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings
 from rankwise.finetuning.data import Table, draw
 from rankwise.finetuning.head_start import fit_head
-from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate
+from rankwise.finetuning.methods import adapt, create_optimizer, default_learning_rate, prepare
 from rankwise.finetuning.models import load_model, load_preprocessor, model_source, text_length
 from rankwise.finetuning.named_tasks import NamedTask, load_named_task
 from rankwise.finetuning.processes import this_device
@@ -220,6 +220,7 @@ def _train(model: nn.Module, task: Task, settings: FinetuneSettings, train: list
         return 0.0, {"decision": {**decision, "leave_one_out": found.error, "without_change": found.reference}}
     if settings.method == "deep-lora":
         place_frames(model, task, settings, first_batches(task, settings, train), settings.precision)
+    prepare(model, task, settings, first_batches(task, settings, train))
     optimizer = create_optimizer(model, task, settings)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
         trainer = make_trainer(
