@@ -298,6 +298,7 @@ def _require_plain(config: LoraConfig, state: Mapping[str, Tensor]) -> None:
             ("biases of its own (lora_bias)", config.lora_bias),
             ("adapted parameters (target_parameters)", bool(config.target_parameters)),
             ("trained tokens (trainable_token_indices)", bool(config.trainable_token_indices)),
+            ("KaSA's singular values, and a base weight that it cut", config.kasa_config is not None),
         )
         if used
     ]

@@ -205,7 +205,7 @@ def test_the_row_of_every_method(tiny: SimpleNamespace, tmp_path: Path, method: 
     assert row["seconds"] >= row["seconds_per_step"] > 0
     if row["ranks"] is not None:
         assert len(row["ranks"]) == 13
-        widest = 32 if method == "full-width" else 6  # AdaLoRA starts at 1.5·r; no product is wider than its layer
+        widest = 32 if method == "full-width" else 8  # AdaLoRA starts at 1.5·r, PiSSA and its kin have 2·r
         assert all(0 <= rank <= widest for rank in row["ranks"])
         assert row["update_norm"] >= 0
 

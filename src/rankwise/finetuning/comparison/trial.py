@@ -49,6 +49,17 @@ _LORA_LIKE = (
     "rslora",
     "lora-riemannian",
     "adalora",
+    "lora-gaussian",
+    "lora-fa",
+    "lora-orthogonal",
+    "pissa",
+    "olora",
+    "mica",
+    "eva",
+    "corda",
+    "lora-ga",
+    "velora",
+    "monteclora",
     "full-width",
 )  # ΔW is the product B·A
 
