@@ -247,3 +247,22 @@ def test_an_expert_without_tokens_starts_at_random_and_is_named(send: str, varia
         optimizer.step()
     for name, layer in deeplora_layers(model).items():
         assert layer.get_delta_weight("default").any(), name
+
+
+def test_a_trained_head_of_several_layers_comes_back_when_merged() -> None:
+    """RoBERTa's: PEFT's own way back looks for its one weight."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        **SMALL, intermediate_size=48, max_position_embeddings=64, hidden_dropout_prob=0.0, pad_token_id=0
+    )
+    model = transformers.RobertaForSequenceClassification(config).double().eval()
+    adapted = get_peft_model(model, DeepLoraConfig(r=4, task_type="SEQ_CLS"))
+    with torch.no_grad():
+        disturbed(adapted)
+        for name, parameter in adapted.named_parameters():
+            if ".modules_to_save." in name:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+        expected = adapted(**classes()).logits
+        merged = adapted.merge_and_unload()
+        assert not deeplora_layers(merged)
+        torch.testing.assert_close(merged(**classes()).logits, expected, rtol=1e-9, atol=1e-9)

@@ -281,8 +281,12 @@ class DeepLoraModel(BaseTuner):
         self._put(parent, target_name, new_module, target, adapter_name)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        """As PEFT, which expects of every layer a ``weight``: a module of fused experts has none."""
-        if isinstance(child, ParamWrapper) or isinstance(new_module, ParamWrapper):
+        """As PEFT, which expects of every layer a ``weight``.
+
+        A module of fused experts has none, nor has a head of several layers that comes back when adapters are unloaded; what
+        comes back has its own weights anyway.
+        """
+        if not isinstance(new_module, DeepLoraLayer) or isinstance(new_module, ParamWrapper):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
