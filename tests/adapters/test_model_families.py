@@ -256,7 +256,7 @@ def test_a_trained_head_of_several_layers_comes_back_when_merged() -> None:
         **SMALL, intermediate_size=48, max_position_embeddings=64, hidden_dropout_prob=0.0, pad_token_id=0
     )
     model = transformers.RobertaForSequenceClassification(config).double().eval()
-    adapted = get_peft_model(model, DeepLoraConfig(r=4, task_type="SEQ_CLS"))
+    adapted = get_peft_model(model, DeepLoraConfig(r=4, task_type="SEQ_CLS")).eval()
     with torch.no_grad():
         disturbed(adapted)
         for name, parameter in adapted.named_parameters():
