@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, settings
 from jaxtyping import install_import_hook
 
 # Before anything imports the rooms: every jaxtyping annotation in them becomes a check.
-install_import_hook(["rankwise.spectral", "rankwise.factorizations"], "beartype.beartype")
+install_import_hook(["rankwise.spectral", "rankwise.factorizations", "rankwise.regularization"], "beartype.beartype")
 
 # The tests multiply small matrices; a second thread costs more than it computes (measured: 3 to 4 times the wall time).
 torch.set_num_threads(1)
