@@ -48,10 +48,11 @@ study: $(READY) ## a small version of studies/few-labels, on the demo's rows (mi
 	  --methods none,lora,deep-lora --fixed deep-lora --shots 16,64 --seeds 2 --budget 3 --tune-seeds 1 --steps 100 \
 	  --precision fp32 --jobs 2 --out $(STUDY)
 
-benchmark: $(READY) ## adapters against PEFT, completion against cmfrec where installed; writes benchmarks/results/
+benchmark: $(READY) ## adapters against PEFT, completion against cmfrec where installed, deep factorizations; writes benchmarks/results/
 	$(PY) benchmarks/training_step.py
 	$(PY) benchmarks/export.py
 	$(PY) benchmarks/completion.py
+	$(PY) benchmarks/factorization.py
 
 docs: $(READY) ## run every example in the documentation and the docstrings
 	$(PY) -m pytest tests/test_documentation.py -m "slow or not slow"

@@ -31,7 +31,16 @@ def test_docstring_examples_run(name: str) -> None:
 
 def test_public_names_carry_an_example() -> None:
     missing = []
-    for room in ("spectral", "factorizations", "regularization", "completion", "adapters", "diagnostics", "finetuning"):
+    for room in (
+        "spectral",
+        "factorizations",
+        "regularization",
+        "optimizers",
+        "completion",
+        "adapters",
+        "diagnostics",
+        "finetuning",
+    ):
         module = importlib.import_module(f"rankwise.{room}")
         for name in module.__all__:
             value = getattr(module, name)

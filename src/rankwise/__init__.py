@@ -5,6 +5,7 @@ Sub-packages load on first use, so ``import rankwise`` needs neither transformer
 ``rankwise.spectral``        truncated SVD, ranks, angles between subspaces
 ``rankwise.factorizations``  matrices kept as products, and their invariant subspaces
 ``rankwise.regularization``  what small norms, margins and dropout do to the rank
+``rankwise.optimizers``      optimizers for low-rank training
 ``rankwise.completion``      matrices with holes, filled
 ``rankwise.adapters``        Deep LoRA as a PEFT method
 ``rankwise.finetuning``      tasks and runs behind ``rankwise finetune``
@@ -17,11 +18,31 @@ from types import ModuleType
 
 from rankwise._version import __version__
 
-__all__ = ["__version__", "adapters", "completion", "diagnostics", "factorizations", "finetuning", "regularization", "spectral"]
+__all__ = [
+    "__version__",
+    "adapters",
+    "completion",
+    "diagnostics",
+    "factorizations",
+    "finetuning",
+    "optimizers",
+    "regularization",
+    "spectral",
+]
 
 logging.getLogger("rankwise").addHandler(logging.NullHandler())
 
-_ROOMS = {"adapters", "completion", "diagnostics", "factorizations", "finetuning", "regularization", "spectral", "testing"}
+_ROOMS = {
+    "adapters",
+    "completion",
+    "diagnostics",
+    "factorizations",
+    "finetuning",
+    "optimizers",
+    "regularization",
+    "spectral",
+    "testing",
+}
 
 
 def __getattr__(name: str) -> ModuleType:

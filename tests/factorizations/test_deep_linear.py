@@ -80,3 +80,63 @@ def test_no_factors_are_refused():
 def test_a_wrong_number_of_scales_is_refused(scales):
     with pytest.raises(ValueError, match="2 of them"):
         DeepLinear.orthogonal(4, 2, scales)
+
+
+STARTS = [DeepLinear.orthogonal, DeepLinear.gaussian, DeepLinear.uniform]
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_widths_may_differ_from_layer_to_layer(start):
+    deep = start([5, 9, 4, 7], init_scale=[0.1, 0.2, 0.3], dtype=F64)
+    assert [tuple(weight.shape) for weight in deep.weights] == [(9, 5), (4, 9), (7, 4)]
+    assert deep.product().shape == (7, 5)
+    assert all(weight.dtype == F64 for weight in deep.weights)
+
+
+def test_rectangular_orthogonal_factors_are_semi_orthogonal_on_their_smaller_side():
+    tall, flat = DeepLinear.orthogonal([5, 9, 4], init_scale=[0.5, 2.0], dtype=F64).weights
+    assert torch.allclose(tall.mT @ tall, 0.25 * torch.eye(5, dtype=F64), rtol=0, atol=1e-13)
+    assert torch.allclose(flat @ flat.mT, 4 * torch.eye(4, dtype=F64), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("sizes", [(200, 200), (300, 100), (100, 300)])
+@pytest.mark.parametrize("start", STARTS)
+def test_every_start_has_the_mean_square_of_the_orthogonal_one(start, sizes):
+    n, m = sizes
+    weight = start([n, m], init_scale=0.3, generator=torch.Generator().manual_seed(0), dtype=F64).weights[0].detach()
+    # 20,000 to 40,000 entries or more: their mean square scatters by √(2/20,000) = 1 %; five of that
+    assert float(weight.square().sum()) == pytest.approx(0.09 * min(m, n), rel=0.05)
+    assert abs(float(weight.mean())) < 5 * float(weight.std()) / (m * n) ** 0.5
+
+
+def test_uniform_entries_fill_their_interval_and_gaussian_ones_have_tails():
+    uniform, gaussian = (
+        start(100, 1, 1.0, generator=torch.Generator().manual_seed(0), dtype=F64).weights[0].detach()
+        for start in (DeepLinear.uniform, DeepLinear.gaussian)
+    )
+    edge = (3 / 100) ** 0.5
+    assert 0.99 * edge < float(uniform.max()) <= edge
+    assert -edge <= float(uniform.min()) < -0.99 * edge
+    assert float(gaussian.abs().max()) > 1.5 * edge
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_starts_come_from_their_generator(start):
+    first, again, other = (start(4, 2, generator=torch.Generator().manual_seed(s)).weights[1] for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("start", STARTS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((4,), "give depth too"),
+        (([4, 5, 6], 3), "leave depth out"),
+        (([4, 0, 6],), "at least 1"),
+        (([4, 5], None, [0.1, 0.2]), "one init_scale or 1"),
+    ],
+)
+def test_sizes_that_say_too_little_or_too_much_are_refused(start, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        start(*arguments)

@@ -1,5 +1,6 @@
 """`rankwise finetune` in two processes: the run of one, written once, and gone on with whoever dies."""
 
+import json
 import os
 import signal
 import subprocess
@@ -18,11 +19,11 @@ from tests.finetuning.run_outcomes import losses, outcome, validations
 from tests.finetuning.tiny_checkpoint import offline_environment, save_tiny_checkpoint
 
 # Adam's steps are nearly linear in the gradient with so large an eps: rounding stays rounding
-COMMON = "--steps 11 --shots 17 --rank 4 --precision fp32 --adam-eps 1 --lr 5 --schedule constant --save-every 3"
+COMMON = "--steps 11 --shots 17 --rank 4 --precision fp32 --adam-eps 1 --head-start random --schedule constant --save-every 3"
 DATA = {"classification": "classes", "pair-similarity": "pairs"}
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "rankwise"]
 ACCELERATE = [
-    sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2", "--num_machines", "1",
+    sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
     "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "rankwise",
 ]  # fmt: skip
 ALONE_COMMAND = [sys.executable, "-m", "rankwise"]
@@ -58,9 +59,9 @@ def options(model: str, tiny: SimpleNamespace, task: str, more: str = "") -> str
 
 
 CASES = [
-    ("torchrun", "classification", "--method deep-lora --batch-size 8 --direction-dropout 0"),
-    ("accelerate", "classification", "--method lora --batch-size 8 --accumulate 2"),
-    ("processes", "pair-similarity", "--method lora --batch-size 4 --early-stopping 3 --validate-every 2"),
+    ("torchrun", "classification", "--method deep-lora --batch-size 8 --lr 0.5 --direction-dropout 0"),
+    ("accelerate", "classification", "--method lora --batch-size 8 --lr 0.5 --accumulate 2"),
+    ("processes", "pair-similarity", "--method lora --batch-size 4 --lr 5 --early-stopping 3 --validate-every 2"),
 ]
 
 
@@ -77,9 +78,11 @@ def test_two_processes_make_the_run_of_one(
     assert said.count("report: ") == 1, "the first process alone writes and speaks"
     assert {path.name for path in two.iterdir()} == {path.name for path in one.iterdir()}
     alone, shared = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two))
+    assert json.loads((two / "config.json").read_text())["processes"] == 2
     assert alone.keys() == shared.keys()
     for key, tensor in alone.items():
         torch.testing.assert_close(shared[key], tensor, rtol=0, atol=1e-5 * max(1.0, float(tensor.abs().max())))
+    assert max(loss for _, loss in losses(one)) < 20, "a wild run would make much of rounding"
     assert [step for step, _ in losses(two)] == [step for step, _ in losses(one)]
     assert [loss for _, loss in losses(two)] == pytest.approx([loss for _, loss in losses(one)], rel=1e-3, abs=1e-4)
     assert [step for step, _ in validations(two)] == [step for step, _ in validations(one)]
@@ -110,7 +113,7 @@ def processes_of(parent: int) -> dict[int, int]:
 @pytest.fixture(scope="module")
 def long_run(tiny: SimpleNamespace, model: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
     """Options of a run in two processes that leaves time to kill one, and the folder of one that was let alone."""
-    more = "--method deep-lora --batch-size 4 --processes 2"
+    more = "--method deep-lora --batch-size 4 --lr 0.02 --processes 2"
     given = options(model, tiny, "classification", more).replace("--steps 11", "--steps 150")
     out = tmp_path_factory.mktemp("long") / "run"
     run(ALONE_COMMAND, out, given)

@@ -396,7 +396,7 @@ def test_weights_that_cannot_be(weights: Any, message: str) -> None:
 def test_weights_are_for_classes() -> None:
     with pytest.raises(
         UserError,
-        match="class weights is for classification, token-classification, image-classification; this task is regression",
+        match="--class-weights is for classification, token-classification, image-classification; this task is regression",
     ):
         make_task("regression", table([1.5, 2.5]), None, source="", max_length=8, class_weights="balanced")
     assert make_task("classification", table(LABELS), None, source="", max_length=8, class_weights={"a": 2}).describe()

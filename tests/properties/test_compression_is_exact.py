@@ -1,7 +1,5 @@
 """The compressed factorization replaces the wide one exactly (ICML 2024, Theorem 2.1 and Proposition 2.2)."""
 
-from functools import reduce
-
 import pytest
 import torch
 from torch import Tensor
@@ -14,30 +12,10 @@ from rankwise.factorizations import (
     invariant_subspaces,
 )
 from rankwise.spectral import truncated_svd
+from tests.properties.plain_descent import descend, gradients, product
 from tests.spectral.planted import planted
 
 F64 = torch.float64
-
-
-def product(weights: list[Tensor]) -> Tensor:
-    return reduce(lambda below, weight: weight @ below, weights)
-
-
-def gradients(weights: list[Tensor], G: Tensor) -> list[Tensor]:
-    """∇_{W_l} = (W_L ⋯ W_{l+1})ᵀ G (W_{l−1} ⋯ W_1)ᵀ (eq. 14)."""
-    depth = len(weights)
-    above, below = [G] * depth, [None] * depth
-    for l in range(depth - 2, -1, -1):  # noqa: E741
-        above[l] = weights[l + 1].mT @ above[l + 1]
-    for l in range(1, depth):  # noqa: E741
-        below[l] = weights[l - 1] if below[l - 1] is None else weights[l - 1] @ below[l - 1]
-    return [a if b is None else a @ b.mT for a, b in zip(above, below, strict=True)]
-
-
-def descend(weights: list[Tensor], G: Tensor, lr: float, decay: float) -> list[Tensor]:
-    """One simultaneous step of gradient descent with weight decay on all factors."""
-    steps = gradients(weights, G)
-    return [(1 - lr * decay) * weight - lr * step for weight, step in zip(weights, steps, strict=True)]
 
 
 def inner_trajectory(f: CompressedDeepLinear, target: Tensor, lr: float, steps: int) -> list[Tensor]:

@@ -17,7 +17,7 @@ Adapt a pretrained model on a few labelled rows with Deep LoRA (or LoRA).
 
   rankwise finetune --model ./all-MiniLM-L6-v2 --data pairs.csv --shots 64 --out runs/deep
 
-The run folder then holds adapter/ (PEFT's format), lora/ (a plain LoRA that every LoRA runtime loads),
+The run folder then holds adapter/ (PEFT's format), for Deep LoRA lora/ (a plain LoRA that every LoRA runtime loads),
 result.json, predictions.csv and report.html. Ctrl-C leaves a run that goes on with
 
   rankwise finetune --resume --out runs/deep
@@ -209,7 +209,7 @@ def finetune(
             )
         if runner.tidied(out):  # it had its results, but was killed before the report
             return _write_report(out, console)
-        launched = _on_processes(context, lambda: processes or runner.processes_of(out))
+        launched = _on_processes(context, lambda: processes if processes is not None else runner.processes_of(out))
         return launched if launched is not None else _write_report_of(runner.resume(out, console), out, console)
     methods = settings_module.METHODS
     if method != settings_module.AUTO and not (method in methods and methods[method].offered):
@@ -276,7 +276,9 @@ def finetune(
         save_every=save_every,
         **values,
     )
-    launched = _on_processes(context, lambda: processes or runner.usual_processes(batch_size, accumulate))
+    launched = _on_processes(
+        context, lambda: processes if processes is not None else runner.usual_processes(batch_size, accumulate)
+    )
     return launched if launched is not None else _write_report_of(runner.finetune(settings, console), out, console)
 
 

@@ -56,7 +56,11 @@ def write_report(
                 + ", ".join(f"{run['folder']} ({run[key]})" for run in loaded)
             )
     figures = [
-        ("Score on held-out rows", "Hollow: the model before training. Filled: after.", plots.scores_figure(loaded)),
+        (
+            "Score on held-out rows",
+            "Hollow: before training, a classifier's head at its start. Filled: after.",
+            plots.scores_figure(loaded),
+        ),
         ("Training loss", "One faint point a batch; the line is a running median.", plots.loss_figure(loaded)),
     ]
     if any(run["validation_steps"] for run in loaded):

@@ -95,5 +95,5 @@ def _pairs(name: str, module: nn.Module, adapter_name: str) -> Iterator[tuple[st
         B, A = (
             cast(nn.Linear, side[adapter_name]).weight.float().flatten(1) for side in (module.lora_B, module.lora_A)
         )
-        diagonal = getattr(module, "lora_diag", {})  # KaSA's singular values
-        yield name, B * (diagonal[adapter_name] if adapter_name in diagonal else 1.0) * module.scaling[adapter_name], A
+        diagonal = dict(getattr(module, "lora_diag", {})).get(adapter_name, 1.0)  # KaSA's singular values
+        yield name, B * diagonal * module.scaling[adapter_name], A

@@ -111,7 +111,7 @@ class CompressedDeepLinear(nn.Module):
         Raises:
             ValueError: factors not square or not scaled-orthogonal, or 2·rank > d.
         """
-        scales, rotation = _scaled_orthogonal(deep)
+        scales, rotation = scaled_orthogonal(list(deep.weights))
         if 2 * rank > rotation.shape[0]:
             raise ValueError(f"2·rank = {2 * rank} exceeds the width {rotation.shape[0]}: nothing to compress")
         svd = truncated_svd(gradient, rank, generator=generator)
@@ -133,10 +133,10 @@ class CompressedDeepLinear(nn.Module):
         return ((x @ self.right) @ self.core().mT) @ self.left.mT
 
 
-def _scaled_orthogonal(deep: DeepLinear) -> tuple[list[float], Float[Tensor, "d d"]]:
+def scaled_orthogonal(weights: Sequence[Float[Tensor, "_ _"]]) -> tuple[list[float], Float[Tensor, "d d"]]:
     """ε_l of every factor and P = Q_L ⋯ Q_1, or an error where a factor is not ε·orthogonal."""
     scales, rotation = [], None
-    for number, weight in enumerate(deep.weights, start=1):
+    for number, weight in enumerate(weights, start=1):
         d = weight.shape[0]
         if weight.shape != (d, d):
             raise ValueError(f"expected square factors, got shape {tuple(weight.shape)} for factor {number}")

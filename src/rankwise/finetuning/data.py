@@ -26,6 +26,7 @@ _TEXT_NAMES = (
     "review",
     "content",
     "title",
+    "prompt",
 )
 _PAIR_NAMES = ("sentence2", "text_pair", "hypothesis", "question2", "answer", "document", "passage")
 _LABEL_NAMES = (
@@ -39,6 +40,7 @@ _LABEL_NAMES = (
     "class",
     "category",
     "y",
+    "completion",
 )
 # every cell as written: "007", "1e3", "TRUE" and "NA" are texts like any other
 _AS_WRITTEN: dict[str, Any] = {"dtype": str, "encoding": "utf-8-sig", "keep_default_na": False, "na_values": [""]}

@@ -26,7 +26,8 @@ class _Progress:
 
 
 class EarlyStopping(TrainerCallback):
-    """Scores the model every so many steps; stops after ``patience`` scores in a row that are no better than the best.
+    """Scores the model at the start and every so many steps; stops after ``patience`` scores in a row that are no better
+    than the best, the start's among them.
 
     A score that is undefined (a constant prediction has no correlation) is worse than any. What was trained is kept as
     it was at the best score and belongs to every checkpoint, so that a resumed run decides as an uninterrupted one.
@@ -65,20 +66,26 @@ class EarlyStopping(TrainerCallback):
     def stopped(self) -> bool:
         return self._progress.stopped
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
+    ) -> None:
+        if not self._best:  # else a checkpoint brought what was best so far
+            self._score(0, model)
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, *, model: nn.Module, **_: Any
     ) -> None:
         last = state.global_step >= state.max_steps
         if state.global_step % self.every and not last:
             return
-        score = self.score(model)
-        self.record(state.global_step, score)
-        self._note(state.global_step, score, model)
+        self._score(state.global_step, model)
         if self._progress.stopped and not last:
             control.should_save = True  # a run killed while it finishes must find that it had stopped
             control.should_training_stop = True
 
-    def _note(self, step: int, score: float | None, model: nn.Module) -> None:
+    def _score(self, step: int, model: nn.Module) -> None:
+        score = self.score(model)
+        self.record(step, score)
         seen = self._progress
         defined = score is not None and math.isfinite(score)
         if not self._best or (defined and (seen.best_score is None or self._sign * (score - seen.best_score) > 0)):  # type: ignore[operator]

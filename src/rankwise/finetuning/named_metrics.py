@@ -41,9 +41,14 @@ class Metric:
         """The metric, None where it is undefined.
 
         Raises:
-            UserError: the function gave no number.
+            UserError: the function failed, or gave no number.
         """
-        value = self.function(predictions, targets)
+        try:
+            value = self.function(predictions, targets)
+        except Exception as error:  # it may be the user's: anything may happen in it
+            raise UserError(
+                f"metric {self.name!r} failed ({type(error).__name__}: {error}); it is called as f(predictions, targets)"
+            ) from error
         if value is None:
             return None
         try:

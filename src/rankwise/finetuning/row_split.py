@@ -1,6 +1,7 @@
 """Which rows train, which decide when to stop, and which are held out to score."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rankwise.errors import UserError
 from rankwise.finetuning.data import draw, read_table
@@ -61,6 +62,8 @@ def read_rows(settings: FinetuneSettings) -> LabelledRows:
             counts.append(0)
             continue
         files.append(file)
+        if file == settings.validation_data and _same_file(file, files[:-1]):
+            raise UserError(f"--validation-data {file} holds rows that are trained on or held out; name another file")
         more = read_table(file, text=columns.text, text_pair=columns.text_pair, label=columns.label)
         counts.append(len(more.rows))
         table = replace(
@@ -70,6 +73,11 @@ def read_rows(settings: FinetuneSettings) -> LabelledRows:
             dropped=table.dropped + more.dropped,
         )
     return LabelledRows(table, tuple(files), *counts)
+
+
+def _same_file(file: str, others: list[str]) -> bool:
+    paths = [Path(other) for other in others]
+    return any(path.exists() and Path(file).exists() and path.samefile(file) for path in paths)
 
 
 def split_rows(settings: FinetuneSettings, rows: LabelledRows) -> RowSplit:

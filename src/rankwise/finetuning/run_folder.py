@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,8 +50,19 @@ class RunFolder:
         except OSError as error:
             raise UserError(f"cannot use the output folder {self.path}: {error.strerror}") from None
         if taken:
-            hint = "; continue it with --resume," if self.config_file.is_file() else ";"
-            raise UserError(f"the output folder {self.path} is in use{hint} or choose another with --out")
+            hint = "continue it with --resume, or " if self.config_file.is_file() else ""
+            raise UserError(f"the output folder {self.path} is in use; {hint}choose another with --out")
+        self._require_writable()
+
+    def _require_writable(self) -> None:
+        """Find out now, not after the model was loaded and scored."""
+        place = self.path
+        while not place.exists():
+            place = place.parent
+        try:
+            Path(tempfile.mkdtemp(prefix=".rankwise-", dir=place)).rmdir()
+        except OSError as error:
+            raise UserError(f"cannot make the output folder {self.path}: {error.strerror}") from None
 
     @property
     def how_to_go_on(self) -> str:

@@ -27,6 +27,7 @@ from rankwise.finetuning.row_split import RowSplit, read_rows, split_rows
 from rankwise.finetuning.run_folder import RunFolder
 from rankwise.finetuning.run_results import Scored, median_step_seconds, run_config, write_results
 from rankwise.finetuning.settings import AUTO, FinetuneSettings
+from rankwise.finetuning.table import IMAGES
 from rankwise.finetuning.task_choice import make_task
 from rankwise.finetuning.tasks import Task
 from rankwise.finetuning.training import (
@@ -190,12 +191,20 @@ class _Run:
 
     def _say_what_is_trained(self) -> None:
         split, table = self.split, self.task.table
+        if self.settings.early_stopping is not None and self.task.ridge_fits and self.settings.solver == "auto":
+            self._say("--early-stopping: trained step by step, not solved in closed form")
         self._say(
             f"{self.task.name} on {len(split.train)} labelled rows, "
             + (f"{len(split.validation)} more to decide when to stop, " if split.validation else "")
             + f"{len(split.held_out)} held out (columns {', '.join(filter(None, asdict(table.columns).values()))}"
-            + (f"; {table.dropped} incomplete rows dropped)" if table.dropped else ")")
+            + (
+                f"; {table.dropped} {'other files' if table.kind == IMAGES else 'incomplete rows'} left out)"
+                if table.dropped
+                else ")"
+            )
         )
+        for note in self.task.notes([*split.train, *split.held_out]):
+            self._say(note)
 
     def _precision(self, model: nn.Module, batch: dict[str, Any], where: torch.device) -> tuple[str, dict[str, float]]:
         if self.resumed:
@@ -262,7 +271,7 @@ class _Run:
         if processes.first:
             for damaged in set_aside_damaged(folder.checkpoints):
                 self._say(f"passing over {damaged}: its files are not what they were when it was written")
-            folder.forget_steps_after(checkpoint[0] if checkpoint else 0)
+            folder.forget_steps_after(checkpoint[0] if checkpoint else -1)
         recorder = RunRecorder(folder, self.console, settings.steps, processes)
         stopping = self._early_stopping(recorder)
         trainer = make_trainer(

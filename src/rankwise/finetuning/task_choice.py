@@ -74,7 +74,7 @@ def make_task(
     for option in options:
         if option not in TASKS[name].options:
             takers = ", ".join(task.name for task in TASKS.values() if option in task.options)
-            raise UserError(f"{option.replace('_', ' ')} is for {takers}; this task is {name}. Leave it out")
+            raise UserError(f"--{option.replace('_', '-')} is for {takers}; this task is {name}. Leave it out")
     return TASKS[name](table, tokenizer, max_length, metrics=metrics, primary_metric=primary_metric, **options)
 
 

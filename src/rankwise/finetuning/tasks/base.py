@@ -135,6 +135,10 @@ class Task(ABC):
     def learn_scale(self, positions: Sequence[int]) -> None:  # noqa: B027  # most tasks have no scale
         """Take whatever the loss is scaled or weighted by from the training rows alone."""
 
+    def notes(self, positions: Sequence[int]) -> list[str]:
+        """What a person should know of these rows before the run, a sentence each."""
+        return []
+
     def describe(self) -> dict[str, Any]:
         """What a reader of the run's config.json wants to know about the labels."""
         return {}

@@ -119,6 +119,14 @@ class TokenClassification(ClassHead):
     def items(self, positions: Sequence[int]) -> int:
         return int((self.collate(positions)["targets"] != IGNORED).sum())
 
+    def notes(self, positions: Sequence[int]) -> list[str]:
+        words, seen = sum(len(self._numbers[p]) for p in positions), self.items(positions)
+        if seen == words:
+            return []
+        return [
+            f"{words - seen:,} of {words:,} words are not seen: the model reads {self.max_length} tokens of a row (--max-length)"
+        ]
+
     def token_count(self, position: int) -> int:
         words = list(self.table.rows[position]["words"])
         return len(self.tokenizer(words, is_split_into_words=True)["input_ids"])
