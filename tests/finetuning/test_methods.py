@@ -631,6 +631,13 @@ def page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def test_the_readme_counts_them() -> None:
+    offered = sum(method.offered for method in METHODS.values())
+    assert f"any of [{offered}\nmethods](docs/methods.md)" in (Path(__file__).parents[2] / "README.md").read_text(
+        "utf-8"
+    )
+
+
 def test_the_page_says_what_the_table_says() -> None:
     assert PAGE.read_text(encoding="utf-8") == page()
 

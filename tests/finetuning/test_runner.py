@@ -441,6 +441,24 @@ def test_an_output_that_is_a_file(tiny: SimpleNamespace, tmp_path: Path) -> None
     assert untouched(tmp_path) == {"run": b"here"}
 
 
+@pytest.mark.skipif(not Path("/sys/kernel").is_dir(), reason="needs a folder where nobody can make one")
+def test_a_place_where_nothing_can_be_written_is_found_at_once(
+    tiny: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even the administrator makes no folder in /sys; nothing has been loaded by then."""
+    from rankwise.finetuning import runner
+
+    monkeypatch.setattr(runner, "load_model", lambda *_: pytest.fail("too late"))
+    with pytest.raises(UserError, match="cannot make the output folder /sys/rankwise/run: "):
+        finetune(settings(tiny, Path("/sys/rankwise/run")))
+
+
+def test_looking_for_a_place_leaves_nothing_behind(tiny: SimpleNamespace, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--shots 99"):
+        finetune(settings(tiny, tmp_path / "new" / "run", shots=99))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_empty_output_folder_is_fine(tiny: SimpleNamespace, tmp_path: Path) -> None:
     assert finetune(settings(tiny, tmp_path, steps=1, method="lora"))["steps"] == 1
 
