@@ -47,7 +47,7 @@ def test_a_run_reports_and_follows_it(tiny: SimpleNamespace, tmp_path: Path, mod
     rows = predictions(tmp_path / "run")
     scores = result["scores"]["after"]
     assert scores["misses"] == sum(row["target"] != row["after"] for row in rows)
-    assert scores["share_of_positives"] == pytest.approx(np.mean([row["after"] == "1" for row in rows]))
+    assert scores["share_of_positives"] == pytest.approx(np.mean([row["after"] == "pos" for row in rows]))
     assert "cohen_kappa" in scores
     lines = map(json.loads, (tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
     assert result["early_stopping"]["best_score"] == min(e["validation"] for e in lines if "validation" in e)

@@ -117,11 +117,13 @@ def test_the_config_holds_every_setting_and_no_environment_variable(run: SimpleN
 def test_the_scores_are_those_of_the_predictions(run: SimpleNamespace) -> None:
     rows = predictions(run.out)
     for when in ("before", "after"):
-        guess, truth = (np.array([float(row[name]) for row in rows]) for name in (when, "target"))
         scores = run.result["scores"][when]
         if run.task == "classification":
-            assert scores["accuracy"] == pytest.approx(np.mean(guess == truth))
-        elif scores["pearson"] is not None:
+            assert {row["target"] for row in rows} == {"neg", "pos"}
+            assert scores["accuracy"] == pytest.approx(np.mean([row[when] == row["target"] for row in rows]))
+            continue
+        guess, truth = (np.array([float(row[name]) for row in rows]) for name in (when, "target"))
+        if scores["pearson"] is not None:
             assert scores["pearson"] == pytest.approx(np.corrcoef(guess, truth)[0, 1])
 
 
@@ -150,6 +152,9 @@ def test_the_saved_adapter_predicts_what_the_run_did(run: SimpleNamespace, saved
     task.learn_scale([position[row] for row in trained_on])
     with torch.no_grad():
         found = task.predict(model, task.collate([position[int(row["row"])] for row in rows]))
+    if run.task == "classification":
+        assert task.in_words(found.tolist()) == [row["after"] for row in rows]
+        return
     scale = task.spread if run.task == "regression" else 1.0
     expected = [float(row["after"]) for row in rows]
     np.testing.assert_allclose(found.double().numpy(), expected, atol=2e-5 * scale, rtol=0)

@@ -24,7 +24,7 @@ class Metric:
 
     Attributes:
         name: what it is called in ``result.json``.
-        function: of (predictions, targets), in the form of ``predictions.csv``; a token task gives one tag a word.
+        function: of (predictions, targets): numbers, class numbers in the order of the class names, texts, or one tag a word.
         greater_is_better: False for an error.
 
     Example:

@@ -134,8 +134,11 @@ def _write_predictions(folder: RunFolder, task: Task, split: RowSplit, before: S
     text = io.StringIO(newline="")
     writer = csv.writer(text)
     writer.writerow(["row", "target", "before", "after"])
-    for position, was, now in zip(split.held_out, before.predictions, after.predictions, strict=True):
-        writer.writerow([task.table.rows[position]["row"], task.targets[position], was, now])
+    columns = [
+        task.in_words(values) for values in (task.targets[split.held_out], before.predictions, after.predictions)
+    ]
+    for position, *values in zip(split.held_out, *columns, strict=True):
+        writer.writerow([task.table.rows[position]["row"], *values])
     write_text(folder.predictions_file, text.getvalue(), newline="")
 
 

@@ -135,6 +135,10 @@ class Task(ABC):
     def learn_scale(self, positions: Sequence[int]) -> None:  # noqa: B027  # most tasks have no scale
         """Take whatever the loss is scaled or weighted by from the training rows alone."""
 
+    def in_words(self, values: Sequence[Any]) -> list[Any]:
+        """Predictions or targets as a person reads them, for ``predictions.csv``."""
+        return list(values)
+
     def notes(self, positions: Sequence[int]) -> list[str]:
         """What a person should know of these rows before the run, a sentence each."""
         return []

@@ -1,5 +1,6 @@
 """Text from text with an encoder-decoder model."""
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -56,6 +57,11 @@ class Generation(Task):
                     f"list of such texts; row {row['row']} has {row['label']!r}"
                 )
         return targets
+
+    def in_words(self, values: Sequence[Any]) -> list[Any]:
+        """A text as it is; several that all do as a JSON list."""
+        known = [references(value) for value in values]
+        return [texts[0] if len(texts) == 1 else json.dumps(texts, ensure_ascii=False) for texts in known]
 
     def describe(self) -> dict[str, Any]:
         return {"references": sum(len(texts) for texts in self.targets), "beams": self.beams}

@@ -168,6 +168,9 @@ class ClassOfRow(ClassHead):
     def predict(self, model: nn.Module, batch: Batch) -> Tensor:
         return self._best_class(model, batch)
 
+    def in_words(self, values: Sequence[Any]) -> list[Any]:
+        return [self.classes[int(number)] for number in values]
+
     def _own_metrics(self) -> tuple[str, ...]:
         return (*CLASS_SCORES, *(TWO_CLASS_SCORES if len(self.classes) == 2 else ()))
 
