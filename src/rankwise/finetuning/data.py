@@ -164,7 +164,7 @@ def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
             f"{path} is not UTF-8 (byte {error.start} cannot be read); save it as UTF-8, for example with "
             "iconv -f latin1 -t utf-8"
         ) from None
-    except (pd.errors.ParserError, ValueError, OSError) as error:
+    except (pd.errors.ParserError, ValueError, OSError, TypeError, AttributeError) as error:  # pandas' of odd JSON too
         raise UserError(f"cannot read {path} as {path.suffix[1:]}: {error}") from None
     if not isinstance(frame.index, pd.RangeIndex):
         raise UserError(
