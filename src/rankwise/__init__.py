@@ -32,17 +32,7 @@ __all__ = [
 
 logging.getLogger("rankwise").addHandler(logging.NullHandler())
 
-_ROOMS = {
-    "adapters",
-    "completion",
-    "diagnostics",
-    "factorizations",
-    "finetuning",
-    "optimizers",
-    "regularization",
-    "spectral",
-    "testing",
-}
+_ROOMS = {*__all__, "testing"} - {"__version__"}
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -618,7 +618,7 @@ def page() -> str:
         "directions out, so that it starts close to the pretrained model and not as it. `unilora` and `vblora` start close to it",
         "too.",
         "",
-        "`hra` and `boft` turn every weight anew at every step: on a CPU a step of MiniLM took 5 s with either, 0.25 s with `lora`.",
+        "`hra` and `boft` turn every weight anew at every step: on a CPU a step takes many times as long as with `lora`.",
         "",
         "`rankwise compare` has these besides:",
         "",

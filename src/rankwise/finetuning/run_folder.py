@@ -60,7 +60,8 @@ class RunFolder:
         while not place.exists():
             place = place.parent
         try:
-            Path(tempfile.mkdtemp(prefix=".rankwise-", dir=place)).rmdir()
+            with tempfile.TemporaryFile(dir=place):  # without a name: another process looks whether the folder is empty
+                pass
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.path}: {error.strerror}") from None
 

@@ -229,9 +229,10 @@ def _train(model: nn.Module, task: Task, settings: FinetuneSettings, train: list
         found = solve(model, task, settings, train, settings.precision).fit
         decision = {"solver": "ridge", "penalty": None if found.abstains else found.penalty, "abstains": found.abstains}
         return 0.0, {"decision": {**decision, "leave_one_out": found.error, "without_change": found.reference}}
+    batches = first_batches(task, settings, train)
+    prepare(model, task, settings, batches)
     if settings.method == "deep-lora":
-        place_frames(model, task, settings, first_batches(task, settings, train), settings.precision)
-    prepare(model, task, settings, first_batches(task, settings, train))
+        place_frames(model, task, settings, batches, settings.precision)
     optimizer = create_optimizer(model, task, settings)
     with tempfile.TemporaryDirectory() as scratch, quiet_trainer():
         trainer = make_trainer(
