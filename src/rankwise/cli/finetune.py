@@ -11,14 +11,14 @@ from rich.console import Console
 from rankwise.errors import UserError
 
 _EXAMPLE = """
-Adapt a pretrained model on a few labelled rows with Deep LoRA (or LoRA).
+Adapt a pretrained model on a few labelled rows with Deep LoRA, or with another --method.
 
 [bold]Example[/bold]
 
   rankwise finetune --model ./all-MiniLM-L6-v2 --data pairs.csv --shots 64 --out runs/deep
 
-The run folder then holds adapter/ (PEFT's format), for Deep LoRA lora/ (a plain LoRA that every LoRA runtime loads),
-result.json, predictions.csv and report.html. Ctrl-C leaves a run that goes on with
+The run folder then holds adapter/ (PEFT's format), result.json, predictions.csv, report.html, and for Deep LoRA lora/, a
+plain LoRA that every LoRA runtime loads. Ctrl-C leaves a run that goes on with
 
   rankwise finetune --resume --out runs/deep
 """
