@@ -12,14 +12,12 @@ from benchmarks.protocol import machine
 _PACKAGES = ("rankwise", "numpy", "scipy", "torch", "numba", "matplotlib")
 
 
-def as_record(
-    figure: str, settings: dict[str, Any], seed: int, quick: bool, measured: dict[str, Any]
-) -> dict[str, Any]:
+def as_record(figure: str, scale: str, settings: dict[str, Any], seed: int, measured: dict[str, Any]) -> dict[str, Any]:
     """Results and curves of a run with everything needed to make them again."""
     return {
-        "format_version": 1,
-        "command": f"python -m reproduction {figure} --seed {seed}" + (" --quick" if quick else ""),
-        "quick": quick,
+        "format_version": 2,
+        "command": f"python -m reproduction {figure} --scale {scale} --seed {seed}",
+        "scale": scale,
         "seed": seed,
         "settings": settings,
         "versions": {**{name: _version(name) for name in _PACKAGES}, "python": platform.python_version()},
@@ -28,30 +26,41 @@ def as_record(
     }
 
 
-def write_record(path: Path, record: dict[str, Any]) -> None:
+def write_json(path: Path, content: dict[str, Any]) -> None:
     unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(_rounded(record), indent=1) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
-def deviations(results: dict[str, Any], expected: dict[str, Any]) -> list[str]:
+def deviations(results: dict[str, Any], checks: list[dict[str, Any]]) -> list[str]:
     """One line for every check of expected.json that the results fail.
 
-    A check names a ``key`` (dots lead into the results) and either ``value`` with ``relative_tolerance``, or
-    ``at_least`` or ``at_most``.
+    A check names a ``key`` (dots lead into the results), a ``source``, and either ``value`` with ``relative_tolerance`` or
+    ``absolute_tolerance``, or ``at_least`` and ``at_most``.
     """
     found = []
-    for check in expected["checks"]:
-        value: Any = results
-        for part in check["key"].split("."):
-            value = value[part]
+    for check in checks:
+        value = _at(results, check["key"])
         if "value" in check:
-            low, high = sorted(check["value"] * (1 + sign * check["relative_tolerance"]) for sign in (-1, 1))
+            width = check.get("absolute_tolerance", abs(check["value"]) * check.get("relative_tolerance", 0.0))
+            low, high = check["value"] - width, check["value"] + width
         else:
             low, high = check.get("at_least", float("-inf")), check.get("at_most", float("inf"))
         if not low <= value <= high:
             found.append(f"{check['key']} is {value:g}, expected {low:g} to {high:g} ({check['source']})")
     return found
+
+
+def accepted(results: dict[str, Any], checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The checks with this run's numbers where they say ``from_run``; published values and claims stay."""
+    return [check | ({"value": _at(results, check["key"])} if check.get("from_run") else {}) for check in checks]
+
+
+def _at(results: dict[str, Any], key: str) -> Any:
+    value: Any = results
+    for part in key.split("."):
+        value = value[part]
+    return value
 
 
 def _rounded(value: Any) -> Any:

@@ -9,7 +9,7 @@ from reproduction.icml24.completion_problem import PlantedCompletion, Recorder
 from reproduction.style import BLUE, GREY, ORANGE, figure_style
 
 TITLE = "iterations as the rank is overestimated: compressed against narrow random (Fig. 10)"
-SETTINGS: dict[str, Any] = {
+_PAPER: dict[str, Any] = {
     "size": 1000,
     "rank": 5,
     "observed": 0.2,
@@ -21,8 +21,8 @@ SETTINGS: dict[str, Any] = {
     "ranks": [5, 10, 15, 20],
     "max_iter": 100_000,
 }
-QUICK: dict[str, Any] = {
-    **SETTINGS,
+_SMALL: dict[str, Any] = {
+    **_PAPER,
     "size": 60,
     "rank": 2,
     "observed": 0.6,
@@ -31,6 +31,8 @@ QUICK: dict[str, Any] = {
     "ranks": [2, 4],
     "max_iter": 3000,
 }
+SCALES = {"paper": _PAPER, "small": _SMALL}
+COMMITTED = "paper"
 
 _ARMS = {"compressed": (BLUE, "compressed, width 2r"), "narrow": (ORANGE, "narrow random, width 2r")}
 # as reported of the public code's results
@@ -81,7 +83,7 @@ def draw(record: dict[str, Any]) -> Figure:
             ranks = [int(rank) for rank in runs]
             left.plot(ranks, [run["iterations"] / 1000 for run in runs.values()], "o-", color=colour, label=label)
             right.plot(ranks, [run["seconds"] for run in runs.values()], "o-", color=colour, label=label)
-            if not record["quick"]:
+            if record["scale"] == "paper":
                 published = _PUBLISHED[name]
                 left.plot(
                     list(published),
@@ -92,7 +94,7 @@ def draw(record: dict[str, Any]) -> Figure:
                     markeredgewidth=2,
                 )
         settings = record["settings"]
-        if not record["quick"]:
+        if record["scale"] == "paper":
             left.plot([], [], "x", color=GREY, markersize=9, markeredgewidth=2, label="published")
         left.set(title=f"To a mean loss of {settings['stop_at_mean_loss']:g}", ylabel="iterations (thousands)")
         right.set(title="The same by time", ylabel="seconds, one thread")

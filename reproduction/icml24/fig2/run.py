@@ -11,7 +11,7 @@ from reproduction.icml24.completion_problem import PlantedCompletion, Recorder
 from reproduction.style import BLUE, ORANGE, figure_style
 
 TITLE = "recovery and iterations against width, two factors and three (Fig. 2)"
-SETTINGS: dict[str, Any] = {
+_PAPER: dict[str, Any] = {
     "size": 100,
     "ranks": {"5": "caption", "10": "code"},
     "observed": 0.3,
@@ -22,7 +22,16 @@ SETTINGS: dict[str, Any] = {
     "max_iter": 300_000,
     "trials": 3,
 }
-QUICK: dict[str, Any] = {**SETTINGS, "size": 30, "widths": [10, 20], "max_iter": 300, "trials": 1}
+_SMALL: dict[str, Any] = {
+    **_PAPER,
+    "size": 60,
+    "ranks": {"3": "problem, smaller"},
+    "widths": [6, 60],
+    "max_iter": 60_000,
+    "trials": 1,
+}
+SCALES = {"paper": _PAPER, "small": _SMALL}
+COMMITTED = "paper"
 
 _DEPTHS = {"2": (ORANGE, "two factors"), "3": (BLUE, "three factors")}
 

@@ -21,7 +21,7 @@ from reproduction.icml24.full_width import full_width_descent
 from reproduction.style import BLUE, GREY, ORANGE, figure_style, thousands
 
 TITLE = "deep matrix completion: compressed against full width, γ = .01 and γ = 0 (Fig. 5)"
-SETTINGS: dict[str, Any] = {
+_PAPER: dict[str, Any] = {
     "size": 1000,
     "rank": 5,
     "observed": 0.2,
@@ -35,8 +35,8 @@ SETTINGS: dict[str, Any] = {
     "small": {"size": 200, "rank": 5, "observed": 0.3, "stop_at_mean_loss": 1e-9, "max_iter": 40_000},
     "timed_full_width_steps": 5,
 }
-QUICK: dict[str, Any] = {
-    **SETTINGS,
+_SMALL: dict[str, Any] = {
+    **_PAPER,
     "size": 60,
     "rank": 2,
     "observed": 0.6,
@@ -48,6 +48,8 @@ QUICK: dict[str, Any] = {
     "small": {"size": 30, "rank": 2, "observed": 0.7, "stop_at_mean_loss": 1e-9, "max_iter": 2000},
     "timed_full_width_steps": 1,
 }
+SCALES = {"paper": _PAPER, "small": _SMALL}
+COMMITTED = "paper"
 
 _ARMS = {
     "compressed": (BLUE, "compressed, γ = .01"),
