@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rankwise.spectral import truncated_svd
+from rankwise.spectral.operators import DenseMatrix
 from tests.spectral.planted import F64_EPS, frame, planted, projector, spectral_norm
 
 sizes = st.integers(1, 14)
@@ -86,6 +87,34 @@ def test_power_iterations_sharpen_a_slowly_decaying_spectrum():
     ]
     assert distances[0] > 3 * distances[2]
     assert distances[0] > distances[1] > distances[2]
+
+
+class _Counted(DenseMatrix):
+    """A dense matrix that counts the products made with it."""
+
+    products = 0
+
+    def matmul(self, X):
+        self.products += 1
+        return super().matmul(X)
+
+    def rmatmul(self, X):
+        self.products += 1
+        return super().rmatmul(X)
+
+
+def test_power_iterations_end_where_the_sketch_holds_the_matrix(generator):
+    """Rank 5 under a sketch of 13 columns: one iteration instead of four, and every digit of the result."""
+    A, U, S, V = large(tail=0.0)
+    low_rank = _Counted(A)
+    svd = truncated_svd(low_rank, 5, generator=generator, estimate_error=False)
+    assert low_rank.products == 4
+    assert torch.allclose(svd.S, S[:5], rtol=0, atol=100 * F64_EPS)
+    assert torch.allclose(projector(svd.U), projector(U[:, :5]), atol=100 * F64_EPS)
+    assert torch.allclose(projector(svd.Vh.mT), projector(V[:, :5]), atol=100 * F64_EPS)
+    with_a_tail = _Counted(large(tail=0.39)[0])
+    truncated_svd(with_a_tail, 5, generator=generator, estimate_error=False)
+    assert with_a_tail.products == 10
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -59,7 +59,7 @@ class DenseMatrix:
         return self._transpose @ X
 
     def squared_norm(self) -> float:
-        return _squared_norm(self.matrix if self.matrix.layout == torch.strided else self.matrix.values())
+        return squared_norm_of(self.matrix if self.matrix.layout == torch.strided else self.matrix.values())
 
 
 class OuterProduct:
@@ -144,10 +144,10 @@ class SparseRows:
         return self.values.mT @ X[self.rows]
 
     def squared_norm(self) -> float:
-        return _squared_norm(self.values)
+        return squared_norm_of(self.values)
 
 
-def _squared_norm(values: Tensor) -> float:
+def squared_norm_of(values: Tensor) -> float:
     """Σx² in float64 from the first square on: float32 squares under- and overflow at 1e-23 and 1e19."""
     return float(torch.linalg.vector_norm(values, dtype=torch.float64)) ** 2
 
