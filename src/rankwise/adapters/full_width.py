@@ -6,14 +6,12 @@ hold hundreds of times the numbers of an adapter, so this is no PEFT method: not
 
 from collections.abc import Iterable
 from functools import reduce
-from itertools import pairwise
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from rankwise.factorizations import DeepLinear
-from rankwise.spectral import haar_frame
 
 
 class FullWidthLinear(nn.Module):
@@ -40,7 +38,7 @@ class FullWidthLinear(nn.Module):
         width = max(rows, columns)
         sizes = [columns, *[width] * (depth - 1), rows]
         self.base_layer = base_layer
-        self.deep = DeepLinear([_semi_orthogonal(m, n, init_scale) for n, m in pairwise(sizes)]).to(base_layer.weight)
+        self.deep = DeepLinear.orthogonal(sizes, init_scale=init_scale).to(base_layer.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.base_layer(x) + self.deep(x)
@@ -60,9 +58,3 @@ def add_full_width(model: nn.Module, names: Iterable[str], depth: int, init_scal
         if not isinstance(layer, nn.Linear):
             raise ValueError(f"{name} is a {type(layer).__name__}; full-width factors stand beside nn.Linear layers")
         setattr(model.get_submodule(parent), child, FullWidthLinear(layer, depth, init_scale))
-
-
-def _semi_orthogonal(rows: int, columns: int, scale: float) -> Float[Tensor, "m n"]:
-    if rows < columns:
-        return haar_frame(columns, rows, scale=scale).mT
-    return haar_frame(rows, columns, scale=scale)

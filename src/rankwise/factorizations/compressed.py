@@ -13,8 +13,8 @@ from rankwise.spectral import MatrixOperator, truncated_svd
 from rankwise.spectral.orthogonal import residual_frame
 
 
-def compose(inner: Float[Tensor, "L w w"]) -> Float[Tensor, "w w"]:
-    """The core W̃_L ⋯ W̃_1 of stacked inner factors (index 0 is applied first).
+def compose(inner: Float[Tensor, "L *e w w"]) -> Float[Tensor, "*e w w"]:
+    """The core W̃_L ⋯ W̃_1 of stacked inner factors (index 0 is applied first); a stack of cores where e is given.
 
     Example:
         >>> import torch

@@ -16,7 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 from transformers.pytorch_utils import Conv1D
 
 from rankwise.adapters.sharded_weights import full_shape, gathered
-from rankwise.factorizations import identity_factors
+from rankwise.factorizations import compose, identity_factors
 from rankwise.spectral import haar_frame
 from rankwise.spectral.precision import compute_dtype
 
@@ -68,7 +68,7 @@ def scaled_left(
     """
     dtype = compute_dtype(inner.dtype)
     with _full_precision(left):
-        core = reduce(lambda below, factor: factor @ below, inner.to(dtype).unbind(0))
+        core = compose(inner.to(dtype))
         if init_scale:  # without, as from the zero-left start, there is nothing to subtract
             make = _shift.__wrapped__ if torch.compiler.is_compiling() else _shift
             core = core + make(inner.shape[-1], inner.shape[0], init_scale, dtype, inner.device)
