@@ -22,13 +22,14 @@ def as_record(figure: str, scale: str, settings: dict[str, Any], seed: int, meas
         "settings": settings,
         "versions": {**{name: _version(name) for name in _PACKAGES}, "python": platform.python_version()},
         "machine": machine(),
-        **measured,
+        **rounded(measured),
     }
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
     unfinished = path.with_suffix(".json.tmp")
-    unfinished.write_text(json.dumps(_rounded(content), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(unfinished, path)
 
 
@@ -53,7 +54,9 @@ def deviations(results: dict[str, Any], checks: list[dict[str, Any]]) -> list[st
 
 def accepted(results: dict[str, Any], checks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The checks with this run's numbers where they say ``from_run``; published values and claims stay."""
-    return [check | ({"value": _at(results, check["key"])} if check.get("from_run") else {}) for check in checks]
+    return [
+        check | ({"value": rounded(_at(results, check["key"]))} if check.get("from_run") else {}) for check in checks
+    ]
 
 
 def _at(results: dict[str, Any], key: str) -> Any:
@@ -63,12 +66,12 @@ def _at(results: dict[str, Any], key: str) -> Any:
     return value
 
 
-def _rounded(value: Any) -> Any:
+def rounded(value: Any) -> Any:
     """Six digits are more than any picture shows."""
     if isinstance(value, dict):
-        return {key: _rounded(inside) for key, inside in value.items()}
+        return {key: rounded(inside) for key, inside in value.items()}
     if isinstance(value, list | tuple):
-        return [_rounded(inside) for inside in value]
+        return [rounded(inside) for inside in value]
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from rankwise.completion.gradient_descent import CompletionFactors, GradientDescentStep
 from rankwise.completion.observations import Observations
+from reproduction.trajectories import evenly_along
 
 Matrix = NDArray[np.float64]
 
@@ -93,9 +94,7 @@ class Recorder:
     def thinned(self, points: int = 250) -> dict[str, list[float]]:
         """The curve with at most about ``points`` points: equally many along the iterations and along the error's fall."""
         iterations, seconds, errors = (np.array(column) for column in zip(*self.curve, strict=True))
-        fall = np.concatenate([[0], np.cumsum(np.abs(np.diff(np.log(np.maximum(errors, 1e-300)))))])
-        along = iterations / max(iterations[-1], 1) + fall / max(fall[-1], 1e-12)
-        kept = np.unique(np.searchsorted(along, np.linspace(0, along[-1], points)).clip(max=len(along) - 1))
+        kept = evenly_along(iterations.tolist(), errors.tolist(), points)
         return {
             "iteration": iterations[kept].tolist(),
             "seconds": seconds[kept].tolist(),

@@ -19,6 +19,7 @@ from rankwise.factorizations import CompressedDeepLinear, DeepLinear
 from reproduction.icml24.completion_problem import PlantedCompletion, Recorder
 from reproduction.icml24.full_width import full_width_descent
 from reproduction.style import BLUE, GREY, ORANGE, figure_style, thousands
+from reproduction.trajectories import Path, principal_plane
 
 TITLE = "deep matrix completion: compressed against full width, γ = .01 and γ = 0 (Fig. 5)"
 _PAPER: dict[str, Any] = {
@@ -51,6 +52,8 @@ _SMALL: dict[str, Any] = {
 SCALES = {"paper": _PAPER, "small": _SMALL}
 COMMITTED = "paper"
 
+# a path's next point lies this share of ‖f‖ away
+_SHARE = 0.04
 _ARMS = {
     "compressed": (BLUE, "compressed, γ = .01"),
     "stalled": (ORANGE, "compressed, γ = 0"),
@@ -147,8 +150,10 @@ def _small(settings: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[st
     recorders: dict[str, Any] = {"full_width": full}
     paths = {"full_width": full.path}
     for name, ratio in (("compressed", gamma), ("stalled", 0.0)):
-        path = _Path()
-        recorder = Recorder(problem, small["stop_at_mean_loss"], every=10, also=path.step)
+        path = Path(_SHARE)
+        recorder = Recorder(
+            problem, small["stop_at_mean_loss"], every=10, also=lambda step, path=path: path.add(_end_to_end(step))
+        )
         gradient_descent(
             problem.observations,
             rank=small["rank"],
@@ -163,23 +168,13 @@ def _small(settings: dict[str, Any], seed: int) -> tuple[dict[str, Any], dict[st
     results = {name: recorder.summary() for name, recorder in recorders.items()}
     print(f"small: {results}", flush=True)
     curves = {name: recorder.thinned(120) | {"path": paths[name]} for name, recorder in recorders.items()}
-    for name, points in _principal_components(paths).items():
+    for name, points in _in_one_plane(paths).items():
         curves[name]["path"] = points
     return results | {"learning_rate": eta}, curves
 
 
-class _Path:
-    """End-to-end matrices along a descent, one whenever it has moved on by 4 % of where it has got to."""
-
-    def __init__(self) -> None:
-        self.points: list[NDArray[np.float64]] = []
-
-    def step(self, step: GradientDescentStep) -> None:
-        self.add((step.factors.left @ step.factors.core) @ step.factors.right.T)
-
-    def add(self, f: NDArray[np.float64]) -> None:
-        if not self.points or np.linalg.norm(f - self.points[-1]) > 0.04 * np.linalg.norm(f):
-            self.points.append(f.copy())
+def _end_to_end(step: GradientDescentStep) -> NDArray[np.float64]:
+    return (step.factors.left @ step.factors.core) @ step.factors.right.T
 
 
 class _FullWidthRecorder(Recorder):
@@ -187,7 +182,7 @@ class _FullWidthRecorder(Recorder):
 
     def __init__(self, problem: PlantedCompletion, stop_at: float) -> None:
         super().__init__(problem, stop_at, every=10)
-        self.path = _Path()
+        self.path = Path(_SHARE)
         self._target = problem.left @ problem.right.T
 
     def __call__(self, iteration: int, loss: float, f: NDArray[np.float64]) -> bool:  # type: ignore[override]
@@ -201,12 +196,11 @@ class _FullWidthRecorder(Recorder):
         return reached
 
 
-def _principal_components(paths: dict[str, _Path]) -> dict[str, list[list[float]]]:
+def _in_one_plane(paths: dict[str, Path]) -> dict[str, list[list[float]]]:
     """All paths in the plane of the full-width one's two leading principal components, units of its longest reach."""
-    flat = {name: np.stack([f.ravel() for f in path.points]) for name, path in paths.items()}
-    _, _, Vh = np.linalg.svd(flat["full_width"] - flat["full_width"].mean(0), full_matrices=False)
-    length = np.linalg.norm(flat["full_width"], axis=1).max()
-    return {name: ((points @ Vh[:2].T) / length).tolist() for name, points in flat.items()}
+    full = paths["full_width"].points
+    plane, length = principal_plane(full), max(float(np.linalg.norm(f)) for f in full)
+    return {name: [(plane @ f.ravel() / length).tolist() for f in path.points] for name, path in paths.items()}
 
 
 def draw(record: dict[str, Any]) -> Figure:

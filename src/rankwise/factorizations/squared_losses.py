@@ -179,7 +179,7 @@ def _half_square(residual: Tensor) -> Tensor:
 def leading_singular_value(matrix: Float[Tensor, "m n"]) -> float:
     """σ₁, by a sketch with a seed of its own where the matrix is large."""
     generator = torch.Generator(matrix.device).manual_seed(0)
-    return float(truncated_svd(matrix, 1, generator=generator, estimate_error=False).S[0])
+    return float(truncated_svd(matrix.detach(), 1, generator=generator, estimate_error=False).S[0])
 
 
 def _split(matrix: Tensor, left: Tensor | None, right: Tensor | None) -> tuple[Tensor, float]:

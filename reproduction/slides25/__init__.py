@@ -1,0 +1,1 @@
+"""Figures of the 2025 slides on low-rank structure in training and adaptation."""
