@@ -5,7 +5,8 @@ Sub-packages load on first use, so ``import rankwise`` needs neither transformer
 ``rankwise.spectral``        truncated SVD, ranks, angles between subspaces
 ``rankwise.factorizations``  matrices kept as products, and their invariant subspaces
 ``rankwise.regularization``  what small norms, margins and dropout do to the rank
-``rankwise.optimizers``      optimizers for low-rank training
+``rankwise.optimizers``      optimizers whose state is low-rank
+``rankwise.compression``     trained models made small, and what they cost
 ``rankwise.completion``      matrices with holes, filled
 ``rankwise.adapters``        Deep LoRA as a PEFT method
 ``rankwise.finetuning``      tasks and runs behind ``rankwise finetune``
@@ -22,6 +23,7 @@ __all__ = [
     "__version__",
     "adapters",
     "completion",
+    "compression",
     "diagnostics",
     "factorizations",
     "finetuning",

@@ -40,7 +40,7 @@ def test_version(capsys: Captured) -> None:
     assert capsys.readouterr().out == f"rankwise {__version__}\n"
 
 
-@pytest.mark.parametrize("command", ["finetune", "export", "report"])
+@pytest.mark.parametrize("command", ["finetune", "export", "report", "memory"])
 def test_help_shows_an_example(capsys: Captured, command: str) -> None:
     assert main([command, "--help"]) == 0
     shown = capsys.readouterr().out
@@ -51,7 +51,7 @@ def test_help_shows_an_example(capsys: Captured, command: str) -> None:
 def test_help_lists_every_command(capsys: Captured) -> None:
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(command in shown for command in ("finetune", "export", "report"))
+    assert all(command in shown for command in ("finetune", "export", "report", "memory"))
 
 
 def test_finetune_leaves_a_report(runs: SimpleNamespace) -> None:

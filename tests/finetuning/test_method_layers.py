@@ -30,7 +30,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:Fu
 
 CONVOLUTIONS = [name for name in ADAPTERS if METHODS[name].convolutions]
 CONV1D = (
-    "deep-lora", "lora", "lora-gaussian", "lora-plus", "rslora", "dora", "lora-riemannian", "lora-fa", "lora-orthogonal", "pissa", "olora",
+    "deep-lora", "lora", "lora-gaussian", "lora-plus", "lora-rite", "rslora", "dora", "lora-riemannian", "lora-fa", "lora-orthogonal", "pissa", "olora",
     "mica", "eva", "corda", "lora-ga", "velora", "monteclora", "adalora", "gralora", "hira", "deft", "vera", "pvera",
     "randlora", "unilora", "vblora", "tinylora", "ia3", "frod", "fourierft", "waveft",
 )  # fmt: skip

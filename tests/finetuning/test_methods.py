@@ -35,6 +35,7 @@ from rankwise.finetuning.methods import (
     learning_rate_grid,
 )
 from rankwise.finetuning.tasks import Task
+from rankwise.optimizers.lora_rite import LoraRite
 from tests.finetuning.method_runs import (
     ADAPTERS,
     HEAD_LR,
@@ -54,7 +55,7 @@ from tests.finetuning.method_runs import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 # tried on both kinds of task in every test run; the others with a head, and without one in the slow tests
-NEAR = ("deep-lora", "lora", "lora-plus", "rslora", "dora", "pissa", "adalora", "vera", "full-width", "full", "none")
+NEAR = ("deep-lora", "lora", "lora-plus", "lora-rite", "relora", "rslora", "dora", "pissa", "adalora", "vera", "full-width", "full", "none")  # fmt: skip
 ALL = [
     pytest.param((kind, method), marks=() if kind == "classification" or method in NEAR else pytest.mark.slow)
     for kind in KINDS
@@ -151,20 +152,23 @@ def test_the_head_learns_at_its_own_rate(run: SimpleNamespace) -> None:
 
 
 def test_adam_is_as_the_settings_say(run: SimpleNamespace) -> None:
-    assert isinstance(run.optimizer, torch.optim.AdamW)
+    assert isinstance(run.optimizer, LoraRite if run.method == "lora-rite" else torch.optim.AdamW)
     for group in run.groups:
         assert group["eps"] == run.settings.epsilon
         assert group["weight_decay"] == 0.0
 
 
 def test_what_is_not_trained_does_not_move(run: SimpleNamespace) -> None:
-    still = set(run.before) - run.trainable
+    still = [name for name in run.before if name not in run.trainable]
     moved = [name for name in still if not torch.equal(run.before[name], run.after[name])]
+    if run.method == "relora":  # what the restarts merged
+        assert moved == [name for name in still if name.endswith("base_layer.weight")]
+        return
     assert not moved
     assert run.method == "full" or still
 
 
-@only(*(method for method in METHODS if method != "full"))
+@only(*(method for method in METHODS if method not in ("full", "relora")))
 def test_the_pretrained_weights_are_there_unchanged(run: SimpleNamespace) -> None:
     """Of PiSSA and its kin too, which PEFT lets take a part out of them; KaSA's least directions are gone."""
     kept = {original_name(name): value for name, value in run.after.items() if name not in run.trainable}
@@ -567,10 +571,10 @@ def test_every_way_of_peft_is_a_method_or_left_out_with_a_reason() -> None:
     assert all(LEFT_OUT.values())
 
 
-@pytest.mark.parametrize("method", [name for name in ADAPTERS if name != "deep-lora"])
+@pytest.mark.parametrize("method", [name for name in ADAPTERS if METHODS[name].peft])
 def test_a_method_is_what_it_says_it_is(tiny: SimpleNamespace, tasks: dict[str, Task], method: str) -> None:
     peft_name = METHODS[method].peft
-    assert peft_name
+    assert peft_name is not None
     task = tasks["pair-similarity"]
     config: Any = adapt(pretrained(tiny, task), task, settings(method)).peft_config["default"]  # type: ignore[union-attr]
     assert config.peft_type.value == (peft_name if peft_name in PEFT_TYPE_TO_CONFIG_MAPPING else "LORA")
@@ -582,10 +586,12 @@ def test_a_method_is_what_it_says_it_is(tiny: SimpleNamespace, tasks: dict[str, 
 
 
 def test_what_finetune_does_not_offer_says_why() -> None:
-    assert {name for name, method in METHODS.items() if not method.offered} == {"full-width", "full", "none"}
+    assert {name for name, method in METHODS.items() if not method.offered} == {"relora", "full-width", "full", "none"}
     for method in METHODS.values():
         assert method.offered == (not method.why_not)
-        assert method.offered == (method.config is not None)
+        assert method.config is not None or not method.offered
+    not_of_peft = {name for name, method in METHODS.items() if method.offered and not method.peft}
+    assert not_of_peft == {"deep-lora", "lora-rite"}
 
 
 def page() -> str:
@@ -606,7 +612,7 @@ def page() -> str:
     ]
     for name, method in METHODS.items():
         if method.offered:
-            peft_name = f"`{method.peft}`" if method.peft else "Deep LoRA's own"
+            peft_name = f"`{method.peft}`" if method.peft else "rankwise's own"
             adapts = "yes" if method.convolutions else ""
             lines.append(f"| `{name}` | {method.summary} | {peft_name} | {method.lr:g} | {adapts} |")
     lines += [

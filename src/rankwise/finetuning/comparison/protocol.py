@@ -131,7 +131,7 @@ class StudySettings:
     model: str
     out: str
     tasks: tuple[str, ...]
-    methods: tuple[str, ...] = ("none", "lora", "lora-plus", "rslora", "deep-lora")
+    methods: tuple[str, ...] = ("none", "lora", "lora-plus", "lora-rite", "rslora", "deep-lora")
     shots: tuple[int, ...] = (16, 64, 256)
     seeds: int = 5
     budget: int = 5

@@ -32,6 +32,8 @@ _LABELS = {
     "none": "unadapted model",
     "lora": "LoRA",
     "lora-plus": "LoRA+",
+    "lora-rite": "LoRA-RITE",
+    "relora": "ReLoRA",
     "rslora": "rsLoRA",
     "pissa": "PiSSA",
     "adalora": "AdaLoRA",

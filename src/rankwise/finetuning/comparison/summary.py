@@ -26,7 +26,7 @@ from rankwise.finetuning.comparison.statistics import (
 )
 
 FORMAT_VERSION = 1
-DEFAULT_BASELINES = ("lora", "lora-plus", "rslora")
+DEFAULT_BASELINES = ("lora", "lora-plus", "lora-rite", "rslora")
 DEFAULT_TARGET = "deep-lora"
 
 

@@ -38,6 +38,8 @@ from rankwise.finetuning.training import (
     solve,
     solver_of,
 )
+from rankwise.optimizers.factor_pairs import lora_pairs, trained_besides
+from rankwise.optimizers.relora import base_layer
 from rankwise.spectral import rank_for_energy
 
 ROW_FORMAT = 1
@@ -46,6 +48,7 @@ _LORA_LIKE = (
     "deep-lora",
     "lora",
     "lora-plus",
+    "lora-rite",
     "rslora",
     "lora-riemannian",
     "adalora",
@@ -260,9 +263,13 @@ def _ranks(model: nn.Module, settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def _shipped_bytes(model: nn.Module, settings: FinetuneSettings) -> int:
-    """Bytes of the files one would ship: for Deep LoRA the exported LoRA, for the full model its weights."""
+    """Bytes of the files one would ship: for Deep LoRA the exported LoRA, for the full model and ReLoRA the weights."""
     from peft import PeftModel
 
+    if settings.method == "relora":
+        pairs = lora_pairs(model)
+        changed = [base_layer(pair).weight for pair in pairs] + [p for _, p in trained_besides(model, pairs)]
+        return sum(p.numel() * p.element_size() for p in changed)
     if not isinstance(model, PeftModel):
         return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
     with tempfile.TemporaryDirectory() as scratch:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import create_deeplora_optimizer
+from rankwise.optimizers.lora_rite import LoraRite, lorarite_param_groups
+from rankwise.optimizers.loraplus import loraplus_param_groups
 
 if TYPE_CHECKING:
     from rankwise.finetuning.settings import FinetuneSettings
@@ -26,11 +28,15 @@ def deep_lora(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, An
     return create_deeplora_optimizer(model, torch.optim.AdamW, outer_lr_ratio=settings.outer_ratio, **adam)
 
 
-def lora_plus(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
-    """LoRA+ (Hayou et al. 2024)."""
-    from peft.optimizers import create_loraplus_optimizer
+def lora_plus(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """LoRA+ (Hayou et al. 2024). Not PEFT's ``create_loraplus_optimizer``, which gives biases B's rate."""
+    return torch.optim.AdamW(loraplus_param_groups(model, lr=adam["lr"], ratio=LORA_PLUS_RATIO), **adam)
 
-    return create_loraplus_optimizer(model, torch.optim.AdamW, loraplus_lr_ratio=LORA_PLUS_RATIO, **adam)
+
+def lora_rite(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """LoRA-RITE (Yen et al. 2024), and its AdamW for the head."""
+    groups = lorarite_param_groups(model, lr=adam["lr"], head_lr=settings.head_lr)
+    return LoraRite(groups, lr=adam["lr"], eps=adam["eps"], weight_decay=adam["weight_decay"])
 
 
 def riemannian(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:

@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from rankwise.finetuning.methods import configs, lora_starts, optimizers
 from rankwise.finetuning.methods.adalora import AdaLoraBudget, adalora_orthogonality
 from rankwise.finetuning.methods.method import Method
+from rankwise.finetuning.methods.relora import ReLoraRestarts
 
 _STUDY = "it leaves no adapter; it is there to be compared with"
+_CHANGES_WEIGHTS = "its restarts change the model's own weights, which an adapter does not hold: `docs/relora.md`"
 
 
 def _tuner(model: Any) -> Any:
@@ -53,6 +55,13 @@ METHODS: dict[str, Method] = {
         "create_loraplus_optimizer",
         convolutions=True,
         optimizer=optimizers.lora_plus,
+    ),
+    "lora-rite": Method(
+        "LoRA with steps that do not depend on how B·A is split into B and A",
+        1e-2,
+        configs.lora(),
+        convolutions=True,
+        optimizer=optimizers.lora_rite,
     ),
     "rslora": Method("LoRA scaled by √r", 3e-4, configs.lora(use_rslora=True), "use_rslora", convolutions=True),
     "dora": Method(
@@ -194,6 +203,14 @@ METHODS: dict[str, Method] = {
     "c3a": Method("circulant blocks", 1e-1, configs.c3a, "C3A"),  # PEFT 3e-1
     "shira": Method("random entries of the weight", 1e-3, configs.shira, "SHIRA"),  # PEFT 3e-4
     "supertuning": Method("the largest entries of the weight", 1e-3, configs.supertuning, "SUPERTUNING"),  # PEFT 1e-4
+    "relora": Method(
+        "LoRA that is merged and started anew three times",
+        3e-3,
+        configs.lora(),
+        why_not=_CHANGES_WEIGHTS,
+        convolutions=True,
+        callback=ReLoraRestarts,
+    ),
     "full-width": Method(
         "Deep LoRA's factors before compression (ICML 2024, Table 1)", 1e-4, adam_eps=1e-6, why_not=_STUDY
     ),

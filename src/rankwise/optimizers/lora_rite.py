@@ -1,0 +1,323 @@
+"""LoRA-RITE: a second moment for the factors of B·A that does not see how the product was split into factors."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast, overload
+
+import torch
+from torch import Tensor, nn
+
+from rankwise.optimizers.base_rules import AdamW
+from rankwise.optimizers.factor_pairs import LoraPair, as_matrix, lora_pairs, require_pair, trained_besides
+from rankwise.optimizers.projection import add_full
+
+_ELEMENTWISE = AdamW()
+
+
+@dataclass(frozen=True)
+class FactorBasis:
+    """F = U·R of a factor F, (d, r).
+
+    Attributes:
+        U: (d, r) orthonormal columns; those that F does not have, where its rank is below r, are zero.
+        R_inverse: (r, r) with F·R⁻¹ = U.
+    """
+
+    U: Tensor
+    R_inverse: Tensor
+
+
+def factor_basis(F: Tensor) -> FactorBasis:
+    """U and R⁻¹ by QR and an r×r SVD.
+
+    The paper takes any F = U·R; what is computed does not depend on which. Here U's columns are F's left singular vectors, so
+    that directions can be left out: those below √eps·σ₁, along which half the digits of a gradient Fᵀ·G are rounding. With a
+    column of U left at zero nothing of a past step is carried into it. Of F = 0, where LoRA starts, all are.
+    """
+    Q, R = torch.linalg.qr(F)
+    E, S, Wh = torch.linalg.svd(R, full_matrices=False)
+    kept = torch.finfo(F.dtype).eps ** 0.5 * S[:1] < S  # not ≤: a zero matrix has no directions
+    inverse = torch.where(kept, 1 / S, torch.zeros_like(S))
+    return FactorBasis((Q @ E) * kept, Wh.mT * inverse)
+
+
+@dataclass(frozen=True)
+class RiteMoments:
+    """What is remembered of one factor X, (d, r), of a product X·Yᵀ, in the coordinates of Y's basis.
+
+    Attributes:
+        momentum: M, (d, r), of preconditioned gradients.
+        second_moment: V, (r, r), of ∇ᵀ∇.
+        escaped: ρ ≥ 0, (), of what V lost when its basis turned away.
+        basis: U_Y, of Y as (d', r), when they were last changed.
+    """
+
+    momentum: Tensor
+    second_moment: Tensor
+    escaped: Tensor
+    basis: Tensor
+
+
+def rite_moments(
+    gradient: Tensor,
+    other: FactorBasis,
+    before: RiteMoments | None,
+    step: int,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> tuple[RiteMoments, Tensor]:
+    """New moments of X and the direction M̂, (d, r), in the coordinates of Y's basis.
+
+        ∇ = G_X·R_Y⁻¹,   P = U_Yᵀ·U_Y(before),
+        ρ ← β₂(ρ + max_i |λ_i(V) − λ_i(PVPᵀ)|),   V ← β₂·PVPᵀ + (1−β₂)·∇ᵀ∇,
+        M ← β₁·MPᵀ + (1−β₁)·∇·((V + ρI)/(1−β₂ᵗ))^{−1/2},   M̂ = M/(1−β₁ᵗ).
+
+    Args:
+        gradient: G_X, (d, r).
+        other: of Y.
+        before: None at the first step.
+        step: t, counted from 1.
+    """
+    beta1, beta2 = betas
+    G = gradient @ other.R_inverse
+    if before is None:
+        M, V, escaped = torch.zeros_like(G), G.new_zeros(G.shape[1], G.shape[1]), G.new_zeros(())
+    else:
+        P = other.U.mT @ before.basis
+        M, V = before.momentum @ P.mT, P @ before.second_moment @ P.mT
+        lost = torch.linalg.eigvalsh(before.second_moment) - torch.linalg.eigvalsh(V)
+        escaped = beta2 * (before.escaped + lost.abs().max())
+    V = beta2 * V + (1 - beta2) * (G.mT @ G)
+    M = beta1 * M + (1 - beta1) * (G @ inverse_root(V, escaped, 1 - beta2**step, eps))
+    return RiteMoments(M, V, escaped, other.U), M / (1 - beta1**step)
+
+
+def inverse_root(V: Tensor, escaped: Tensor, weight: float, eps: float) -> Tensor:
+    """(√((V + ρI)/weight) + eps·I)⁻¹ by eigenvalues, clamped from below to r·eps·λ₁, what rounding leaves of them; 0 of 0."""
+    values, E = torch.linalg.eigh(V)
+    least = len(V) * torch.finfo(V.dtype).eps * values[-1:].clamp(min=0)
+    roots = ((torch.maximum(values, least) + escaped) / weight).sqrt() + eps
+    return E * torch.where(roots > 0, 1 / roots, torch.zeros_like(roots)) @ E.mT
+
+
+class LoraRite(torch.optim.Optimizer):
+    """LoRA-RITE (Yen et al. 2024): steps of a product X·Yᵀ that are the same however it is split into X and Y.
+
+    (R·A, B·R⁻¹) is the same LoRA as (A, B) for every invertible R. Adam takes different steps on the two, and so do
+    EquivariantAdam, LoRA+ and Shampoo; here B·A moves alike. With Y = U_Y·R_Y, each factor X is stepped in the coordinates
+    of Y's basis, where the gradient does not see Y's size:
+
+        X ← (1−ηλ)X − η·M̂_X·R_Y⁻ᵀ,
+
+    with M̂ from :func:`rite_moments`, its second moment an r × r matrix that follows the basis as it turns. For LoRA X and Y
+    are B and Aᵀ, and the other way round.
+
+    A step moves B·A by at most about η in spectral norm for each factor, whatever the sizes of A, B and the layer, where
+    Adam's moves it by what the factors happen to be: the rate is another one, larger than LoRA's (docs/lora-rite.md).
+
+    Three departures from the paper, the first two ours:
+
+    - *One after the other*: B first, then A by the *new* B's R. Stepped at once, B·A moves by η²·M̂_B·(B·A)⁻¹·M̂_A besides,
+      which is unbounded where B·A has a small direction, as all of them are after B = 0. Measured on a rank-1 target with
+      r = 4 from B = 0: at once, up to 5.8e5·η in one step in float64 and 34·η in float32; one after the other 2.2·η.
+    - Singular values below √eps·σ₁ of a factor are taken as 0, and eigenvalues of V below r·eps·λ₁ as that.
+    - V, ρ and M are averages with Adam's bias corrections; the paper's algorithm is written with sums for V and ρ, and its
+      authors' code has averages.
+
+    The algebra is in float32, or wider where the factors are, and the state too.
+
+    Args:
+        params: ``lora_pairs(model)``; or groups, each with ``"pairs"`` (of :class:`LoraPair`, or tuples (A, B)) or
+            ``"params"``, as :func:`lorarite_param_groups` makes them. Parameters outside pairs get AdamW.
+        lr: η.
+        betas: β₁, β₂.
+        eps: added to the root of V's eigenvalues, so in units of the gradient of B·A; a group of ``"params"`` has Adam's.
+        weight_decay: λ, decoupled. It shrinks A and B alike, which keeps the invariance and shrinks B·A twice.
+        maximize: climb instead of descend.
+
+    Raises:
+        ValueError: a setting out of range, factors that are no pair, a layer of several experts, a gradient that is not finite.
+
+    Example:
+        >>> import torch
+        >>> from rankwise.optimizers.lora_rite import LoraRite
+        >>> A, B = torch.nn.Parameter(torch.eye(2, 5)), torch.nn.Parameter(torch.zeros(3, 2))
+        >>> optimizer = LoraRite([{"pairs": [(A, B)]}], lr=0.5)
+        >>> (B @ A)[0, 0].backward()
+        >>> optimizer.step()
+        >>> round(torch.linalg.matrix_norm(B @ A, 2).item(), 4)
+        0.5
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        *,
+        maximize: bool = False,
+    ):
+        if lr < 0 or weight_decay < 0:
+            raise ValueError(
+                f"lr and weight_decay cannot be negative, got {lr} and {weight_decay}; to climb instead of descend set "
+                "maximize=True"
+            )
+        _ELEMENTWISE.check({"betas": betas, "eps": eps})
+        defaults = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize, "paired": False,
+        }  # fmt: skip
+        given = list(params)
+        if given and all(isinstance(entry, LoraPair) for entry in given):
+            given = [{"pairs": given}]
+        super().__init__(given, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; of a group with ``"pairs"`` the factors become ``"params"``, A before B, and ``"paired"`` is True."""
+        group = dict(param_group)
+        if "pairs" in group:
+            pairs = [_factors_of(pair) for pair in group.pop("pairs")]
+            group |= {"params": [factor for pair in pairs for factor in pair], "paired": True}
+        elif group.get("paired"):
+            raise ValueError('a group is paired by its "pairs", a list of (A, B); leave "paired" out')
+        super().add_param_group(group)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One update of every pair and parameter that has a gradient; a closure is evaluated first and its value returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            if group["paired"]:
+                for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
+                    self._step_pair(A, B, group)
+            else:
+                for parameter in group["params"]:
+                    if parameter.grad is not None:
+                        self._step_elementwise(parameter, parameter.grad, group)
+        return loss
+
+    def _step_pair(self, A: Tensor, B: Tensor, group: dict[str, Any]) -> None:
+        if A.grad is None and B.grad is None:
+            return
+        wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+        X, Y = as_matrix(B).to(wide), as_matrix(A).to(wide).mT
+        of_X, of_Y = factor_basis(X), factor_basis(Y)
+        # both directions before either factor moves: the gradients are those of the old ones
+        direction_X = self._direction(B, of_Y, group, wide, transposed=False)
+        direction_Y = self._direction(A, of_X, group, wide, transposed=True)
+        shrink, lr = 1 - group["lr"] * group["weight_decay"], group["lr"]
+        if direction_X is not None:
+            X = shrink * X - lr * direction_X @ of_Y.R_inverse.mT
+            B.copy_(X.view(B.shape))
+        if direction_Y is not None:
+            now = factor_basis(as_matrix(B).to(wide))  # of what is really there, rounded to B's dtype
+            carried = direction_Y @ (now.U.mT @ of_X.U).mT
+            Y = shrink * Y - lr * carried @ now.R_inverse.mT
+            A.copy_(Y.mT.reshape(A.shape))
+
+    def _direction(
+        self, factor: Tensor, other: FactorBasis, group: dict[str, Any], wide: torch.dtype, *, transposed: bool
+    ) -> Tensor | None:
+        """M̂ of a factor in the coordinates of the other's basis; None where the factor has no gradient."""
+        if factor.grad is None:
+            return None
+        gradient = as_matrix(factor.grad).to(wide)
+        if not bool(torch.isfinite(gradient).all()):
+            raise ValueError(
+                f"the gradient of a LoRA factor of shape {tuple(factor.shape)} holds NaN or infinite numbers; lower the "
+                "learning rate, or let a gradient scaler skip such steps"
+            )
+        gradient = gradient.mT if transposed else gradient
+        state = self.state[factor]
+        before = (
+            RiteMoments(state["momentum"], state["second_moment"], state["escaped"], state["basis"])
+            if state.get("step")
+            else None
+        )
+        step = state["step"] + 1 if before is not None else 1
+        moments, direction = rite_moments(
+            -gradient if group["maximize"] else gradient, other, before, step, betas=group["betas"], eps=group["eps"]
+        )
+        state.update(vars(moments), step=step)
+        return direction
+
+    def _step_elementwise(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        if gradient.is_sparse:
+            raise RuntimeError("LoraRite does not take sparse gradients; set sparse=False in the embedding")
+        wide = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
+        wide = -wide if group["maximize"] else wide
+        state = self.state[parameter]
+        if not state:
+            state.update(_ELEMENTWISE.start(wide, group), step=0)
+        state["step"] += 1
+        (direction,) = _ELEMENTWISE.directions([state], [wide], [state["step"]], group)
+        add_full(parameter, direction, shrink=1 - group["lr"] * group["weight_decay"], step=group["lr"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does it, which casts state to the parameter's dtype, but with the state's own dtype kept."""
+        super().load_state_dict(state_dict)
+        saved_groups = cast("Iterable[dict[str, Any]]", state_dict["param_groups"])
+        for saved_group, group in zip(saved_groups, self.param_groups, strict=True):
+            for number, parameter in zip(saved_group["params"], group["params"], strict=True):
+                for name, value in state_dict["state"].get(number, {}).items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][name] = value.to(parameter.device, copy=True)
+
+
+def lorarite_param_groups(model: nn.Module, *, lr: float, head_lr: float | None = None) -> list[dict[str, Any]]:
+    """Groups "pairs", "head" and "vectors" for :class:`LoraRite`, in this order and without the empty ones.
+
+    Args:
+        model: a model with LoRA layers.
+        lr: η of the pairs.
+        head_lr: AdamW's rate for everything else that is trained. ``lr`` would be far too high for it, so a model that trains
+            something else needs one. Biases and norms have no weight decay.
+
+    Raises:
+        ValueError: no LoRA layers, or a model that trains something besides without a ``head_lr``.
+
+    Example:
+        >>> from peft import LoraConfig, get_peft_model
+        >>> from torch import nn
+        >>> from rankwise.optimizers.lora_rite import LoraRite, lorarite_param_groups
+        >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), LoraConfig(r=4, target_modules=["0"]))
+        >>> optimizer = LoraRite(lorarite_param_groups(model, lr=1e-2))
+        >>> [(group["name"], len(group["params"])) for group in optimizer.param_groups]
+        [('pairs', 2)]
+    """
+    pairs = lora_pairs(model)
+    others = trained_besides(model, pairs)
+    if others and head_lr is None:
+        raise ValueError(
+            f"the model trains {others[0][0]} besides its LoRA layers; say at which rate with head_lr, such as 1e-3: the "
+            "rate of the pairs is no rate for AdamW"
+        )
+    groups: Sequence[dict[str, Any]] = (
+        {"name": "pairs", "pairs": pairs, "lr": lr},
+        {"name": "head", "params": [p for _, p in others if p.ndim >= 2], "lr": head_lr},
+        {"name": "vectors", "params": [p for _, p in others if p.ndim < 2], "lr": head_lr, "weight_decay": 0.0},
+    )
+    return [group for group in groups if group.get("pairs") or group.get("params")]
+
+
+def _factors_of(pair: Any) -> tuple[Tensor, Tensor]:
+    if not isinstance(pair, LoraPair):
+        A, B = pair
+        require_pair(A, B)
+        return A, B
+    experts = getattr(pair.layer, "num_experts", 1)
+    if experts > 1:
+        raise ValueError(
+            f"{pair.name} holds the factors of {experts} experts in one pair, whose product is not its update; give it to "
+            "AdamW"
+        )
+    return pair.factors
