@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from rankwise.errors import UserError
 from reproduction.record import accepted, as_record, deviations, write_json
 
 ROOT = Path(__file__).parent
@@ -42,9 +43,14 @@ def main(arguments: list[str] | None = None) -> int:
             return 2
         record = json.loads(record_file.read_text(encoding="utf-8"))
     else:
-        out.mkdir(parents=True, exist_ok=True)
         settings = module.SCALES[scale]
-        record = as_record(given.figure, scale, settings, given.seed, module.measure(settings, given.seed))
+        try:
+            measured = module.measure(settings, given.seed)
+        except UserError as mistake:
+            print(mistake, file=sys.stderr)
+            return 2
+        record = as_record(given.figure, scale, settings, given.seed, measured)
+        out.mkdir(parents=True, exist_ok=True)
         write_json(record_file, record)
     module.draw(record).savefig(out / f"{home.name}.png", dpi=110)
     print(f"wrote {out}")

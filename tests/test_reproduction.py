@@ -18,14 +18,6 @@ from reproduction.record import accepted, deviations
 pytest.importorskip("matplotlib")
 
 
-# figures whose small scale trains networks for more than a few seconds
-_SLOW: set[str] = set()
-
-
-def _each_figure() -> list[Any]:
-    return [pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else []) for name in figures()]
-
-
 def _files(figure: str) -> tuple[dict[str, Any], dict[str, Any]]:
     measured, expected = (json.loads((ROOT / figure / f"{kind}.json").read_text()) for kind in ("measured", "expected"))
     return measured, expected
@@ -71,8 +63,10 @@ def test_the_readme_states_the_committed_numbers(figure: str) -> None:
             assert stated in readme, check["key"]
 
 
-@pytest.mark.parametrize("figure", _each_figure())
-def test_a_figure_at_small_scale_is_as_expected(figure: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("figure", figures())
+def test_a_figure_at_small_scale_is_as_expected(figure: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    if getattr(load(figure), "NEEDS_DATA", False):
+        request.getfixturevalue("data_root")  # skips, visibly, where there is none
     _, expected = _files(figure)
     assert expected["scales"]["small"]
     assert main([figure, "--scale", "small", "--out", str(tmp_path)]) == 0

@@ -1,0 +1,1 @@
+"""Studies that go past the documents, in the same form."""
