@@ -27,7 +27,7 @@ class Path:
         )
         if far:
             self.points.append(f.copy())
-        return far
+        return bool(far)
 
 
 def principal_plane(points: Sequence[Matrix]) -> Matrix:

@@ -119,7 +119,10 @@ def test_links_between_pages_lead_somewhere() -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize(("page", "least"), [("README.md", 10), ("docs/few-labels.md", 10), ("docs/completion.md", 10), ("docs/theory.md", 1)])
+@pytest.mark.parametrize(
+    ("page", "least"),
+    [("README.md", 10), ("docs/few-labels.md", 10), ("docs/completion.md", 10), ("docs/theory.md", 1)],
+)
 def test_numbers_are_those_of_the_committed_results(page: str, least: int) -> None:
     """Figures stand as <!--file:path.to.value:format-->text<!---->; file is a study's or in benchmarks/results/."""
     text = (ROOT / page).read_text(encoding="utf-8")

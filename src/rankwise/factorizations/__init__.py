@@ -1,7 +1,12 @@
 """Matrices kept as products, and the small subspaces their training stays in."""
 
 from rankwise.factorizations.compressed import CompressedDeepLinear, compose, identity_factors
-from rankwise.factorizations.compressed_network import CompressedNetwork, TrajectoryGap, trajectory_gap
+from rankwise.factorizations.compressed_network import (
+    CompressedNetwork,
+    NetworkInFrames,
+    TrajectoryGap,
+    trajectory_gap,
+)
 from rankwise.factorizations.deep_linear import DeepLinear
 from rankwise.factorizations.descent import DescentStep, DivergedError, FitResult, fit_factorization
 from rankwise.factorizations.dynamics import (
@@ -42,6 +47,7 @@ __all__ = [
     "InvariantSubspaces",
     "Loss",
     "MaskedSquaredLoss",
+    "NetworkInFrames",
     "RegressionLoss",
     "SquaredLoss",
     "TrajectoryGap",
