@@ -379,7 +379,8 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
         for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            missing = sorted(set(self.defaults) - set(saved))
+            # of the defaults what this group has: torch adds some of its own to them when an optimizer is copied
+            missing = sorted(set(self.defaults) & set(group) - set(saved))
             if missing:
                 raise ValueError(
                     f"this is the state of another optimizer than {type(self).__name__}: its groups have no {', '.join(missing)}"
