@@ -218,6 +218,7 @@ def test_missing_file(tmp_path: Path, name: str) -> None:
     [
         ("d.jsonl", b'{"text": "a", "label": 1}\n{"text": "b", "label": \n'),
         ("d.jsonl", b"text,label\na,b\n"),
+        ("d.jsonl", b'[1, 2]\n{"text": null}'),
         ("d.csv", b'text,label\n"never closed,1\nb,2\n'),
         ("d.csv", b"text,label\na,1\nb,2,3\n"),
         ("d.parquet", b"PAR1 but not really"),

@@ -147,7 +147,7 @@ def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
     readers = {
         ".csv": lambda: pd.read_csv(path, **_AS_WRITTEN),
         ".tsv": lambda: pd.read_csv(path, sep="\t", quoting=3, **_AS_WRITTEN),
-        ".jsonl": lambda: pd.read_json(path, lines=True, encoding="utf-8-sig", dtype=False),
+        ".jsonl": lambda: _read_json_lines(path),
         ".parquet": lambda: pd.read_parquet(path),
     }
     reader = readers.get(path.suffix.lower())
@@ -171,6 +171,15 @@ def _read_file(path: Path) -> tuple[pd.DataFrame, str]:
             f"{path} has rows with more fields than its header has columns; put texts with commas in double quotes"
         )
     return frame, hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _read_json_lines(path: Path) -> pd.DataFrame:
+    """One object a line. Asked first: of a line that is a list pandas makes columns named 0, 1, …, and of a mixture a warning."""
+    with path.open(encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, start=1):
+            if line.strip() and not line.lstrip().startswith("{"):
+                raise ValueError(f'line {number} is no object such as {{"text": "…", "label": 1}}')
+    return pd.read_json(path, lines=True, encoding="utf-8-sig", dtype=False)
 
 
 def _as_numbers(labels: pd.Series) -> pd.Series:
