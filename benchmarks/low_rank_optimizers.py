@@ -24,6 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.protocol import alternate, write_result
 from rankwise.optimizers import GaLoreAdamW
+from rankwise.optimizers.projected import PROJECTION_DEFAULTS
 from rankwise.optimizers.refresh import subspace_by_iteration
 from rankwise.optimizers.sharding import Whole
 
@@ -39,7 +40,7 @@ def peer_package() -> Any | None:
 
 
 def drifting_gradients(rows: int, columns: int, count: int, seed: int = 0) -> Iterator[Tensor]:
-    """Directions with energies that fall like 1/k, which turn slowly, in noise of a mini-batch's size."""
+    """Directions with energies that fall like 1/k, which turn slowly, the tenth as large as a mini-batch's noise."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -50,7 +51,7 @@ def drifting_gradients(rows: int, columns: int, count: int, seed: int = 0) -> It
     scales = torch.arange(1, width + 1).rsqrt()
     for _ in range(count):
         left, right = left + 0.1 * normal(rows, width), right + 0.1 * normal(width, columns)
-        yield (left * scales) @ right / width + 0.1 * normal(rows, columns)
+        yield (left * scales) @ right / width + 0.03 * normal(rows, columns)
 
 
 # -- what is measured --------------------------------------------------------------------------------------------
@@ -59,7 +60,8 @@ def drifting_gradients(rows: int, columns: int, count: int, seed: int = 0) -> It
 def refresh(peer: Any, pairs: int) -> dict[str, Any]:
     """One new subspace of a 2048 × 2048 gradient from the old one, against the peer's SVD; and how much each captures."""
     first, second = drifting_gradients(SIZE, SIZE, 2)
-    settings = {"oversample": 8, "iterations": 1, "seed": 0, "pieces": Whole(), "whole_shape": (SIZE, SIZE)}
+    defaults = {name: PROJECTION_DEFAULTS[name] for name in ("oversample", "iterations", "seed")}
+    settings = {**defaults, "pieces": Whole(), "whole_shape": (SIZE, SIZE)}
     old = subspace_by_iteration(first, RANK, None, number=0, **settings)
     assert old is not None
     found: dict[str, Any] = {}

@@ -120,6 +120,17 @@ def test_the_same_subspace_in_another_order_carries_moments_exactly(rule: Any, s
             assert torch.equal(got, expected)
 
 
+def test_a_turned_coordinate_has_the_second_moments_in_the_shares_of_its_energy() -> None:
+    """cos²·v₁ + sin²·v₂: what many independent gradients have, and not the rotated cos·v₁ − sin·v₂, which is negative here."""
+    turn = torch.tensor(0.5, dtype=F64)
+    C = torch.stack([torch.stack([turn.cos(), -turn.sin()]), torch.stack([turn.sin(), turn.cos()])])
+    V = torch.tensor([[1.0], [4.0]], dtype=F64)
+    assert (C @ V)[0] < 0
+    carried = carried_second_moment(V, C, torch.zeros(2, 1, dtype=F64), 1.0)
+    drawn = C @ (V.sqrt() * normal(2, 100_000))
+    assert torch.allclose(carried, drawn.square().mean(1, keepdim=True), rtol=0.02)
+
+
 @given(seed=st.integers(0, 10_000), new=st.integers(1, 6), old=st.integers(1, 6), scale=st.floats(1e-12, 1e12))
 def test_a_carried_second_moment_is_never_negative(seed: int, new: int, old: int, scale: float) -> None:
     P, Q = frame(8, new, seed), frame(8, old, seed + 1)

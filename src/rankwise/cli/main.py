@@ -24,7 +24,7 @@ app = typer.Typer(
 _USAGE_ERROR: Any = next(kind for kind in typer.BadParameter.__mro__ if kind.__name__ == "ClickException")
 _PATIENCE = 5  # seconds that a launcher has to end the other processes
 _INTERRUPTED = 130  # what newer versions of typer make of a KeyboardInterrupt
-_COMMANDS = ("finetune", "compare", "complete", "export", "report", "memory")
+_COMMANDS = ("finetune", "compare", "complete", "export", "report", "memory", "compress")
 
 
 def _version(show: bool) -> None:

@@ -9,6 +9,7 @@ from rankwise.compression.quality import Agreement, agreement, perplexity
 from rankwise.compression.rank_profile import LayerProfile, RankProfile, rank_profile
 from rankwise.compression.rank_rules import Spectrum, highest_paying_rank, ranks_for_energy, uniform_ranks
 from rankwise.compression.saving import load_factorized, save_factorized
+from rankwise.compression.text import mean_features, token_windows
 from rankwise.compression.welore import min_max_normalized, welore_ranks
 
 __all__ = [
@@ -29,11 +30,13 @@ __all__ = [
     "freeze_full_rank",
     "highest_paying_rank",
     "load_factorized",
+    "mean_features",
     "min_max_normalized",
     "perplexity",
     "rank_profile",
     "ranks_for_energy",
     "save_factorized",
+    "token_windows",
     "uniform_ranks",
     "welore_ranks",
 ]

@@ -34,7 +34,7 @@ class SecondMoments:
 
     def __init__(self, model: nn.Module, layers: Sequence[MatrixLayer], batches: Batches, memory: int = MEMORY):
         self.model = model
-        self.batches = list(batches) if iter(batches) is batches else batches
+        self.batches = list(batches) if isinstance(batches, Iterator) else batches
         self.groups = list(_groups(layers, memory))
         self.group_of = {layer.name: place for place, group in enumerate(self.groups) for layer in group}
         self.held: int | None = None

@@ -194,21 +194,21 @@ def _checked(found: Any, file: Path) -> Description:
             f"{file} has format_version {version!r}; this rankwise reads {FORMAT_VERSION}: install a newer one"
         )
     layers = found["low_rank_layers"]
-    fits = isinstance(layers, dict) and all(
-        (
-            isinstance(entry, dict)
-            and isinstance(entry.get("rank"), int)
-            and entry.get("right_of", name) in layers
-            and "right_of" not in layers[entry.get("right_of", name)]
-        )
-        or (isinstance(entry, dict) and "right_of" not in entry and isinstance(entry.get("rank"), int))
-        for name, entry in layers.items()
+    fits = isinstance(layers, dict) and all(isinstance(entry, dict) for entry in layers.values())
+    fits = fits and all(
+        isinstance(entry.get("rank"), int) and ("right_of" not in entry or _owns(layers.get(entry["right_of"])))
+        for entry in layers.values()
     )
     if not fits:
         raise ValueError(
             f"{file} is damaged: its low_rank_layers are no list of layers with a rank; save the model again"
         )
     return found
+
+
+def _owns(entry: Mapping[str, Any] | None) -> bool:
+    """Whether a layer has a ``right`` of its own that others may share."""
+    return entry is not None and "right_of" not in entry
 
 
 def _read_json(file: Path) -> Any:

@@ -1,0 +1,167 @@
+"""``rankwise compress``: a model folder in, a smaller one out, scored before and after."""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from rankwise.cli.main import main
+from rankwise.compression import LowRankLinear, load_factorized, perplexity
+from tests.cli.complaints import Captured, complaint
+from tests.finetuning.tiny_checkpoint import save_tiny_checkpoint, sentences, word_tokenizer, write_csv, write_pairs
+from tests.tiny_models import tiny_llama
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders ``llama``, ``bert`` and ``classifier``; ``train.txt``, ``test.txt``, ``pairs.csv`` and ``classes.csv``."""
+    folder = tmp_path_factory.mktemp("given")
+    tiny_llama(eos_token_id=0, pad_token_id=2, bos_token_id=None).save_pretrained(folder / "llama")
+    tokenizer = word_tokenizer(["<end>", "<unk>", "<pad>"], eos_token="<end>", pad_token="<pad>")
+    tokenizer.save_pretrained(folder / "llama")
+    save_tiny_checkpoint(folder / "bert")
+    save_tiny_checkpoint(folder / "classifier", embedding=False)
+    for name, seed in (("train.txt", 1), ("test.txt", 2)):
+        (folder / name).write_text("\n".join(sentences(80, seed)) + "\n", encoding="utf-8")
+    write_pairs(folder / "pairs.csv")
+    rows = [(text, ("LABEL_0", "LABEL_1")[len(text) % 2]) for text in sentences(30, 4)]
+    write_csv(folder / "classes.csv", ["text", "label"], rows)
+    return folder
+
+
+def compress(given: Path, out: Path, model: str, *more: Any) -> int:
+    return main(["compress", "--model", str(given / model), "--out", str(out), *map(str, more)])
+
+
+def result_of(out: Path) -> dict[str, Any]:
+    return json.loads((out / "result.json").read_text(encoding="utf-8"))
+
+
+def test_a_language_model_is_compressed_and_its_perplexity_is_that_of_the_saved_model(
+    given: Path, tmp_path: Path, capsys: Captured
+) -> None:
+    out = tmp_path / "small"
+    more = ("--calibrate", given / "train.txt", "--eval", given / "test.txt", "--max-length", 16)
+    assert compress(given, out, "llama", "--target", 0.6, *more) == 0
+    said = " ".join(capsys.readouterr().err.split())
+    assert "layers factorized" in said
+    assert "perplexity" in said
+    result = result_of(out)
+    assert result["share"] <= 0.6
+    assert (result["metric"], result["greater_is_better"], result["scored_on"]) == ("perplexity", False, "test.txt")
+    loaded = load_factorized(out / "model")
+    ranks = {n: m.rank for n, m in loaded.named_modules() if isinstance(m, LowRankLinear)}
+    assert ranks == {layer["name"]: layer["rank"] for layer in result["layers"] if layer["rank"] is not None}
+    tokenizer = AutoTokenizer.from_pretrained(out / "model")
+    ids = torch.tensor(tokenizer((given / "test.txt").read_text(encoding="utf-8"))["input_ids"])
+    windows = ids[: len(ids) // 16 * 16].reshape(-1, 16)
+    assert perplexity(loaded, [windows]) == pytest.approx(result["after"], rel=1e-4)
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert metrics[0] == {"format_version": 1}
+    assert [entry["value"] for entry in metrics[1:]] == [result["before"], result["after"]]
+    config = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    assert config["settings"]["target"] == 0.6
+    assert config["environment"]["packages"]["torch"]
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 2
+    assert "lm_head" in page  # left alone, and said so
+    assert "<script" not in page
+
+
+def test_without_held_out_text_a_fifth_of_the_calibration_text_is_scored_on_and_not_calibrated_on(
+    given: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "small"
+    assert compress(given, out, "bert", "--calibrate", given / "train.txt") == 0
+    result = result_of(out)
+    assert result["scored_on"] == "a fifth of train.txt"
+    assert result["calibration_texts"] == 64  # of 80
+    assert result["metric"] == "cosine to the original's features"
+    assert result["before"] == pytest.approx(1)
+    assert 0.5 < result["after"] < 1
+
+
+def test_the_same_seed_gives_the_same_model_and_another_draws_other_texts(given: Path, tmp_path: Path) -> None:
+    weights = []
+    for number, seed in enumerate((0, 0, 1)):
+        more = ("--calibrate", given / "train.txt", "--calibrate-rows", 10, "--seed", seed)
+        assert compress(given, tmp_path / str(number), "bert", *more) == 0
+        weights.append((tmp_path / str(number) / "model" / "model.safetensors").read_bytes())
+    assert weights[0] == weights[1] != weights[2]
+
+
+def test_tasks_are_scored_with_labels(given: Path, tmp_path: Path) -> None:
+    pairs = ("--task", "pair-similarity", "--eval", given / "pairs.csv", "--calibrate", given / "pairs.csv")
+    assert compress(given, tmp_path / "pairs", "bert", *pairs) == 0
+    assert result_of(tmp_path / "pairs")["metric"] == "spearman"
+    classes = ("--task", "classification", "--eval", given / "classes.csv", "--rank", 4)
+    assert compress(given, tmp_path / "classes", "classifier", *classes) == 0
+    result = result_of(tmp_path / "classes")
+    assert result["metric"] == "accuracy"
+    assert result["calibration_texts"] == 0
+    assert {layer["rank"] for layer in result["layers"]} == {4}
+
+
+def test_a_model_can_be_compressed_without_any_text_and_without_matplotlib(
+    given: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "rankwise.diagnostics.plots", None)
+    monkeypatch.delattr("rankwise.diagnostics.plots", raising=False)
+    out = tmp_path / "small"
+    more = ("--energy", 0.6, "--include", "attention,intermediate.dense", "--exclude", "layer.1")
+    assert compress(given, out, "bert", *more) == 0
+    assert "no report" in capsys.readouterr().err
+    result = result_of(out)
+    assert result["metric"] is None
+    assert all("layer.0" in layer["name"] for layer in result["layers"])
+    assert (out / "model" / "tokenizer.json").is_file()
+    assert not (out / "report.html").exists()
+
+
+def test_mistakes_are_named_and_nothing_is_written(given: Path, tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "mine.txt").write_text("mine")
+    (tmp_path / "empty.txt").write_text("\n")
+    (tmp_path / "latin.txt").write_bytes("très".encode("latin-1"))
+    (tmp_path / "short.txt").write_text("good bad\n")
+    train, pairs = given / "train.txt", given / "pairs.csv"
+    before = sorted(path.name for path in tmp_path.iterdir())
+    for out, model, more, says in (
+        ("new", "bert", ["--target", 0.5, "--rank", 3], "exclude each other"),
+        ("new", "bert", ["--target", 1.5], "must lie in (0, 1]"),
+        ("new", "bert", ["--target", 0.0001], "rank 1 in every layer keeps"),
+        ("new", "bert", ["--target", 1], "no layer becomes smaller this way"),
+        ("new", "bert", ["--rank", 99], "must be a whole number from 1 to"),
+        ("new", "bert", ["--rule", "best"], "--rule must be welore or uniform"),
+        ("new", "bert", ["--task", "pair-similarity"], "--task needs --eval"),
+        ("new", "bert", ["--task", "poetry", "--eval", pairs], "--task must be"),
+        ("new", "bert", ["--task", "classification", "--eval", pairs], "is no class of the model"),
+        ("new", "bert", ["--include", "nowhere"], "names no layer"),
+        ("new", "bert", ["--include", "a,,b"], "comma-separated"),
+        ("new", "bert", ["--calibrate", tmp_path / "gone.txt"], "cannot read"),
+        ("new", "bert", ["--calibrate", tmp_path / "empty.txt"], "is empty"),
+        ("new", "bert", ["--calibrate", tmp_path / "latin.txt"], "is not UTF-8"),
+        ("new", "bert", ["--calibrate", tmp_path / "short.txt"], "give at least 5"),
+        ("new", "llama", ["--calibrate", tmp_path / "short.txt"], "fewer than a window of"),
+        ("new", "bert", ["--calibrate", train, "--max-length", 1], "--max-length must be at least 2"),
+        ("new", "nowhere", [], "there is no model folder"),
+        ("taken", "bert", [], "is in use"),
+    ):
+        assert compress(given, tmp_path / out, model, *more) == 2, says
+        assert says in " ".join(complaint(capsys).split())
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert [path.name for path in (tmp_path / "taken").iterdir()] == ["mine.txt"]
+
+
+def test_a_damaged_model_is_named(given: Path, tmp_path: Path, capsys: Captured) -> None:
+    shutil.copytree(given / "bert", tmp_path / "bert")
+    weights = tmp_path / "bert" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    assert main(["compress", "--model", str(tmp_path / "bert"), "--out", str(tmp_path / "new")]) == 2
+    assert "cannot load the model" in " ".join(complaint(capsys).split())
+    assert not (tmp_path / "new").exists()
