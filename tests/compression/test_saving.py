@@ -98,6 +98,28 @@ def test_any_other_model_comes_back_into_a_dense_one(tmp_path):
     assert torch.equal(model(x), loaded(x))
 
 
+class OwnAttention(nn.Module):
+    """Projections of the usual names in a model that is not from transformers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(32, 32) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.scaled_dot_product_attention(self.q_proj(x), self.k_proj(x), self.v_proj(x))
+
+
+def test_a_shared_latent_of_any_other_model_is_stored_once_and_shared_again(tmp_path):
+    model, x = OwnAttention(), torch.randn(2, 5, 32)
+    factorize_key_value(model, 6)
+    save_factorized(model, tmp_path / "model")
+    stored = load_file(tmp_path / "model" / "model.safetensors")
+    assert sum(tensor.numel() for tensor in stored.values()) == sum(p.numel() for p in model.parameters())
+    loaded = load_factorized(tmp_path / "model", OwnAttention())
+    assert loaded.k_proj.right is loaded.v_proj.right
+    assert torch.equal(model(x), loaded(x))
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A transformers model in ``bert``, another in ``mlp``."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rankwise.spectral.precision import compute_dtype, require_finite
 
-DAMPING = 1e-3
+DAMPING = 1e-3  # measured on MiniLM: the score is the same from 1e-6 to 1e-2, with 32 and with 512 texts
 
 
 def output_directions(
