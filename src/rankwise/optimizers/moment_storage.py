@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 FORMS = ("wide", "parameter", "8-bit")
-_BLOCK = 256  # entries that share a scale: bitsandbytes' own choice for optimizers
-_SMALLEST = 4096  # smaller tensors stay wide, as in bitsandbytes: they weigh nothing, and norms' scales are sensitive
+BLOCK = 256  # entries that share a scale: bitsandbytes' own choice for optimizers
+SMALLEST = 4096  # smaller tensors stay wide, as in bitsandbytes: they weigh nothing, and norms' scales are sensitive
 
 
 def check_form(form: str) -> None:
@@ -41,10 +41,10 @@ def stored(name: str, values: Tensor, form: str, parameter_dtype: torch.dtype) -
     """What goes into the state for one moment; under 8-bit also ``{name}_scales``, one a block of 256 entries."""
     if form == "parameter":
         return {name: values.to(parameter_dtype)}
-    if form == "wide" or values.numel() < _SMALLEST:
+    if form == "wide" or values.numel() < SMALLEST:
         return {name: values}
     code = _codebook(name == "momentum", values.device)
-    quantized, parts = _bitsandbytes().quantize_blockwise(values.float().contiguous(), code=code, blocksize=_BLOCK)
+    quantized, parts = _bitsandbytes().quantize_blockwise(values.float().contiguous(), code=code, blocksize=BLOCK)
     return {name: quantized, f"{name}_scales": parts.absmax}
 
 
@@ -55,6 +55,6 @@ def opened(name: str, state: dict[str, Any], dtype: torch.dtype) -> Tensor:
         return kept.to(dtype)
     code = _codebook(name == "momentum", kept.device)
     wide: Tensor = _bitsandbytes().dequantize_blockwise(
-        kept, absmax=state[f"{name}_scales"], code=code, blocksize=_BLOCK
+        kept, absmax=state[f"{name}_scales"], code=code, blocksize=BLOCK
     )
     return wide.to(dtype)

@@ -16,7 +16,7 @@ from rankwise.optimizers.base_rules import BaseRule
 from rankwise.optimizers.equivariant_adam import empty_second_moment
 from rankwise.optimizers.lora_rite import LoraRite
 from rankwise.optimizers.matricize import geometry_of
-from rankwise.optimizers.moment_storage import _BLOCK, _SMALLEST, FORMS
+from rankwise.optimizers.moment_storage import BLOCK, FORMS, SMALLEST
 from rankwise.optimizers.projected import ProjectedOptimizer
 from rankwise.spectral.precision import compute_dtype
 
@@ -167,9 +167,9 @@ def _rehearsed(
 
 
 def _eight_bits(moment: TensorSize) -> list[TensorSize]:
-    if moment.numbers < _SMALLEST:
+    if moment.numbers < SMALLEST:
         return [moment]
-    return [TensorSize(moment.shape, torch.uint8), TensorSize((math.ceil(moment.numbers / _BLOCK),), torch.float32)]
+    return [TensorSize(moment.shape, torch.uint8), TensorSize((math.ceil(moment.numbers / BLOCK),), torch.float32)]
 
 
 def _meta(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
