@@ -141,7 +141,7 @@ def test_two_processes_take_the_steps_of_one(tmp_path: Path, how: str) -> None:
     script.write_text(_SCRIPT)
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", str(script), how],
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script), how],
         env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True, text=True, timeout=280,
     )  # fmt: skip
