@@ -121,7 +121,13 @@ def test_links_between_pages_lead_somewhere() -> None:
 
 @pytest.mark.parametrize(
     ("page", "least"),
-    [("README.md", 10), ("docs/few-labels.md", 10), ("docs/completion.md", 10), ("docs/theory.md", 1)],
+    [
+        ("README.md", 10),
+        ("docs/few-labels.md", 10),
+        ("docs/completion.md", 10),
+        ("docs/theory.md", 1),
+        ("docs/compression.md", 10),
+    ],
 )
 def test_numbers_are_those_of_the_committed_results(page: str, least: int) -> None:
     """Figures stand as <!--file:path.to.value:format-->text<!---->; file is a study's or in benchmarks/results/."""
