@@ -1,4 +1,5 @@
-"""GaLoreAdamW against the galore-torch package: refresh, step over a window of T = 200, state bytes, loss curve.
+"""GaLoreAdamW against the galore-torch package: refresh, step over a window of T = 200, state bytes, loss curve; and the
+state it saves against AdamW.
 
 python benchmarks/low_rank_optimizers.py            # everything, writes results/low_rank_optimizers.json
 python benchmarks/low_rank_optimizers.py --quick    # fewer pairs, writes nothing
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from benchmarks.protocol import alternate, write_result
-from rankwise.optimizers import GaLoreAdamW
+from rankwise.optimizers import GaLoreAdamW, model_param_groups, optimizer_memory
 from rankwise.optimizers.projected import PROJECTION_DEFAULTS
 from rankwise.optimizers.refresh import subspace_by_iteration
 from rankwise.optimizers.sharding import Whole
@@ -119,6 +120,33 @@ def state_bytes(peer: Any) -> dict[str, Any]:
             measured.setdefault(str(dtype), {})[name] = sum(map(bytes_in, optimizer.state[parameter].values()))
     print(f"state bytes: {measured}")
     return measured
+
+
+def saving_over_adamw() -> dict[str, Any]:
+    """Bytes of state after a step of a small Llama model, both optimizers, next to what the formulas say beforehand."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+    rank = 64
+    optimizers = {
+        "adamw": torch.optim.AdamW(model.parameters()),
+        "galore": GaLoreAdamW(model_param_groups(model, rank=rank)),
+    }
+    ids = torch.randint(2048, (2, 32))
+    model(input_ids=ids, labels=ids).loss.backward()
+    found: dict[str, Any] = {"rank": rank}
+    for name, optimizer in optimizers.items():
+        optimizer.step()
+        states = (value for state in optimizer.state.values() for value in state.values())
+        predicted = optimizer_memory(model, name, rank=rank).state
+        found[name] = {"measured": sum(map(bytes_in, states)), "predicted": predicted}
+    for which in ("measured", "predicted"):
+        found[f"saving_{which}"] = 1 - found["galore"][which] / found["adamw"][which]
+    print(f"saving over AdamW: {found['saving_measured']:.4f} measured, {found['saving_predicted']:.4f} predicted")
+    return found
 
 
 def bytes_in(value: Any) -> int:
@@ -249,6 +277,7 @@ def main() -> None:
     options = parser.parse_args()
     pairs = 1 if options.quick else options.pairs
     results: dict[str, Any] = {"size": SIZE, "rank": RANK, "window": WINDOW, "batching": batching(max(pairs, 5))}
+    results["saving_over_adamw"] = saving_over_adamw()
     peer = peer_package()
     if peer is not None:
         results["refresh"] = refresh(peer, pairs)

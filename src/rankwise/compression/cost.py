@@ -11,7 +11,7 @@ from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from rankwise.compression.model_layers import conv1d_types
+from rankwise.model_structure import conv1d_types
 
 LINEAR, PAIR, CONVOLUTION, EMBEDDING = "linear", "low-rank pair", "convolution", "embedding"
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm)

@@ -9,11 +9,12 @@ from torch import nn
 from rankwise.compression.calibration import MEMORY, Batches, SecondMoments
 from rankwise.compression.factors import DAMPING, balanced_factors, output_directions
 from rankwise.compression.low_rank_layers import LowRankConv2d, LowRankLinear, require_rank
-from rankwise.compression.model_layers import Names, layers_of, matches, replace_layer
+from rankwise.compression.model_layers import layers_of, replace_layer
 from rankwise.compression.rank_profile import LayerProfile, Progress, RankProfile, errors_about, rank_profile
 from rankwise.compression.rank_rules import RankRule, highest_paying_rank, kept_weights, ranks_for_energy
 from rankwise.compression.saving import record_layers
 from rankwise.compression.welore import welore_ranks
+from rankwise.model_structure import Names, is_called
 
 
 @dataclass(frozen=True)
@@ -215,7 +216,7 @@ def freeze_full_rank(model: nn.Module, *, also: Names = ()) -> int:
         raise ValueError("the model has no low-rank layer to train; call factorize_model first")
     named = list(model.named_modules(remove_duplicate=False))
     for pattern in [also] if isinstance(also, str) else [[name] for name in also]:
-        picked = [module for name, module in named if name and matches(name, pattern)]
+        picked = [module for name, module in named if name and is_called(name, pattern)]
         if not picked:
             raise ValueError(f"also={pattern!r} names no module of this model")
         factors += [parameter for module in picked for parameter in module.parameters()]
@@ -257,9 +258,9 @@ def _ranks(
 def _named_ranks(profile: RankProfile, ranks: Mapping[str, int]) -> list[int]:
     wanted = {layer.name: min(layer.shape) for layer in profile.layers}
     for name, rank in ranks.items():
-        picked = [layer for layer in profile.layers if matches(layer.name, [name])]
+        picked = [layer for layer in profile.layers if is_called(layer.name, [name])]
         if not picked:
-            why = next((f" ({reason})" for other, reason in profile.skipped.items() if matches(other, [name])), "")
+            why = next((f" ({reason})" for other, reason in profile.skipped.items() if is_called(other, [name])), "")
             raise ValueError(f"ranks names {name!r}, which is no layer that can be factorized{why}")
         wanted |= {layer.name: _checked(layer, rank) for layer in picked}
     return list(wanted.values())

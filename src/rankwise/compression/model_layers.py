@@ -2,9 +2,8 @@
 
 import math
 import re
-import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
 from rankwise.compression.low_rank_layers import LowRankConv2d, LowRankLinear
-
-Names = str | Sequence[str]
+from rankwise.model_structure import Names, conv1d_types, is_called, output_layer
 
 
 class MatrixLayer(ABC):
@@ -182,21 +180,6 @@ def replace_layer(model: nn.Module, places: Iterable[str], layer: nn.Module) -> 
         setattr(parent, child, layer)
 
 
-def matches(name: str, pattern: Names) -> bool:
-    """Whether PEFT's rule picks the layer or a module around it."""
-    parts = name.split(".")
-    paths = [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-    if isinstance(pattern, str):
-        return any(re.fullmatch(pattern, path) for path in paths)
-    return any(path == wanted or path.endswith(f".{wanted}") for path in paths for wanted in pattern)
-
-
-def conv1d_types() -> tuple[type[nn.Module], ...]:
-    """transformers' Conv1D. Where there is one, its module has been imported; this room does without transformers."""
-    loaded = sys.modules.get("transformers.pytorch_utils")
-    return () if loaded is None else (loaded.Conv1D,)
-
-
 def _modules_by_place(model: nn.Module) -> list[tuple[tuple[str, ...], nn.Module]]:
     places: dict[int, list[str]] = {}
     modules: dict[int, nn.Module] = {}
@@ -265,18 +248,14 @@ def _heads(model: nn.Module) -> set[nn.Module]:
         if not hasattr(module, "base_model_prefix"):
             continue
         heads |= set(module.modules()) - set(getattr(module, "base_model", module).modules())
-        find = getattr(module, "get_output_embeddings", None)
-        try:
-            output = None if find is None else find()
-        except NotImplementedError:
-            output = None
+        output = output_layer(module)
         heads |= set() if output is None else set(output.modules())
     return heads
 
 
 def _named(places: Iterable[str], pattern: Names) -> bool:
     try:
-        return any(matches(place, pattern) for place in places)
+        return any(is_called(place, pattern) for place in places)
     except re.error as error:
         raise ValueError(f"{pattern!r} is no regular expression: {error}") from None
 

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 
 from rankwise.compression.calibration import MEMORY, Batches, SecondMoments
 from rankwise.compression.factors import DAMPING, output_spectrum
-from rankwise.compression.model_layers import Names, layers_of
+from rankwise.compression.model_layers import layers_of
 from rankwise.compression.rank_rules import RankRule, Spectrum, highest_paying_rank
 from rankwise.compression.welore import min_max_normalized, welore_ranks
+from rankwise.model_structure import Names
 from rankwise.spectral import effective_rank, rank_for_energy, stable_rank
 
 Progress = Callable[[int, int], None]

@@ -22,9 +22,9 @@ from rankwise.compression.model_layers import (
     LinearMatrix,
     MatrixLayer,
     TransposedMatrix,
-    conv1d_types,
 )
 from rankwise.files import replacing_folder, save_tensors, write_json
+from rankwise.model_structure import conv1d_types
 
 FORMAT_VERSION = 1
 _KEY, _OWN_CONFIG, _CONFIG, _WEIGHTS = "rankwise", "factorization.json", "config.json", "model.safetensors"

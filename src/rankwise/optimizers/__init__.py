@@ -2,6 +2,7 @@
 
 from rankwise.optimizers.adarankgrad import AdaRankGrad
 from rankwise.optimizers.equivariant_adam import EquivariantAdam
+from rankwise.optimizers.factor_pairs import LoraPair, lora_pairs
 from rankwise.optimizers.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
 from rankwise.optimizers.jagged_schedule import jagged_cosine
 from rankwise.optimizers.lora_rite import LoraRite, lorarite_param_groups
@@ -18,6 +19,7 @@ __all__ = [
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreSGD",
+    "LoraPair",
     "LoraRite",
     "PerLayerUpdates",
     "PruneByMagnitude",
@@ -25,6 +27,7 @@ __all__ = [
     "ReLora",
     "ResetState",
     "jagged_cosine",
+    "lora_pairs",
     "loraplus_param_groups",
     "lorarite_param_groups",
     "model_param_groups",

@@ -73,7 +73,7 @@ def lora_pairs(model: nn.Module, adapter: str | None = None) -> list[LoraPair]:
     Example:
         >>> from peft import LoraConfig, get_peft_model
         >>> from torch import nn
-        >>> from rankwise.optimizers.factor_pairs import lora_pairs
+        >>> from rankwise.optimizers import lora_pairs
         >>> model = get_peft_model(nn.Sequential(nn.Linear(16, 12)), LoraConfig(r=4, target_modules=["0"]))
         >>> [(pair.name, tuple(pair.A.shape), tuple(pair.B.shape)) for pair in lora_pairs(model)]
         [('base_model.model.0', (4, 16), (12, 4))]

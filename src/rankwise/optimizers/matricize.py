@@ -59,7 +59,8 @@ def geometry_of(shape: Sequence[int], rank: int | None, side: str = "smaller") -
         shape: of the parameter; (out, in, k, k) of a convolution is read as (out, in·k·k).
         rank: r; None projects nothing.
         side: "smaller" projects the smaller side, as the paper does, "larger" the larger one, which needs less memory:
-            (max + 2·min)·r numbers under Adam instead of (min + 2·max)·r. "left" and "right" name the side.
+            (max + 2·min)·r numbers under Adam instead of (min + 2·max)·r. "left" and "right" name the side. Of a square
+            matrix "smaller" is the right one, as in the authors' code: GP is a faster product than PᵀG.
 
     Raises:
         ValueError: a rank below 1 or above min(m, n), an unknown side, an empty matrix.
@@ -84,5 +85,5 @@ def geometry_of(shape: Sequence[int], rank: int | None, side: str = "smaller") -
             f"{min(rows, columns)}, or put it into a group with rank=None, as model_param_groups does"
         )
     if side in ("smaller", "larger"):
-        side = "left" if (rows <= columns) == (side == "smaller") else "right"
+        side = "left" if (rows < columns) == (side == "smaller") else "right"
     return Geometry(rows, columns, side, rank)

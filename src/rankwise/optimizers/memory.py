@@ -8,11 +8,10 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from rankwise.model_structure import Names, conv1d_types
 from rankwise.optimizers.param_groups import (
     ModelParameter,
-    Names,
     adaptable_parameters,
-    conv1d_types,
     parameters_of,
     projected_or_error,
     require_rank,

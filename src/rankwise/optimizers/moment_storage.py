@@ -27,8 +27,8 @@ def _bitsandbytes() -> ModuleType:
         return importlib.import_module("bitsandbytes.functional")
     except ImportError as missing:
         raise ValueError(
-            'moments_in="8-bit" quantizes with bitsandbytes, which is not installed: pip install bitsandbytes, or choose '
-            '"parameter"'
+            'moments_in="8-bit" quantizes with bitsandbytes, which is not installed: pip install "rankwise[bitsandbytes]", or '
+            'choose "parameter"'
         ) from missing
 
 

@@ -2,21 +2,19 @@
 
 import math
 import re
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from rankwise.model_structure import Names, conv1d_types, is_called, output_layer
 from rankwise.optimizers.matricize import is_matricized
 
 HIDDEN, EMBEDDING, HEAD = "hidden matrix", "embedding", "output head"
 VECTOR, OTHER = "norm or bias", "other"
 _NORMS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase)
-
-Names = str | Sequence[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,10 +43,7 @@ class ModelParameter:
 
     def is_called(self, pattern: Names) -> bool:
         """Whether PEFT's rule picks it or a module around it: a regex for the whole name, or a list of names or their ends."""
-        paths = {path for place in self.places for path in _itself_and_modules_around(place)}
-        if isinstance(pattern, str):
-            return any(re.fullmatch(pattern, path) for path in paths)
-        return any(path == name or path.endswith(f".{name}") for path in paths for name in pattern)
+        return any(is_called(place, pattern) for place in self.places)
 
 
 def model_param_groups(
@@ -228,11 +223,6 @@ def _group(entries: list[ModelParameter], rank: int | None, **options: Any) -> d
     }
 
 
-def _itself_and_modules_around(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
-
-
 def _kind(parameter: nn.Parameter, owners: list[tuple[str, nn.Module]], in_head: bool) -> str:
     attributes, modules = zip(*owners, strict=True)
     if parameter.ndim < 2 or any(isinstance(module, _NORMS) for module in modules):
@@ -258,12 +248,6 @@ def _is_hidden_matrix(attribute: str, module: nn.Module) -> bool:
     return attribute == "weight" and isinstance(module, (nn.Linear, *conv1d_types()))
 
 
-def conv1d_types() -> tuple[type[nn.Module], ...]:
-    """transformers' Conv1D. Where there is one, its module has been imported; and this room does without transformers."""
-    loaded = sys.modules.get("transformers.pytorch_utils")
-    return () if loaded is None else (loaded.Conv1D,)
-
-
 def _heads(model: nn.Module) -> tuple[set[int], set[int]]:
     """Ids of the parameters of output layers with what stands around them, and of other heads on a pretrained body.
 
@@ -273,7 +257,7 @@ def _heads(model: nn.Module) -> tuple[set[int], set[int]]:
     task: set[int] = set()
     pretrained = [module for module in model.modules() if hasattr(module, "base_model_prefix")]
     for module in pretrained:
-        layer, body = _output_layer(module), getattr(module, "base_model", module)
+        layer, body = output_layer(module), getattr(module, "base_model", module)
         inside = {id(parameter) for parameter in body.parameters()}
         on_top = {id(parameter) for parameter in module.parameters()} - inside
         if layer is None:
@@ -281,14 +265,6 @@ def _heads(model: nn.Module) -> tuple[set[int], set[int]]:
         else:
             output |= on_top | {id(parameter) for parameter in layer.parameters()}
     return (output, task - output) if pretrained else (_head_by_shape(model), set())
-
-
-def _output_layer(module: nn.Module) -> nn.Module | None:
-    find: Callable[[], nn.Module | None] | None = getattr(module, "get_output_embeddings", None)
-    try:
-        return None if find is None else find()
-    except NotImplementedError:
-        return None
 
 
 def _head_by_shape(model: nn.Module) -> set[int]:

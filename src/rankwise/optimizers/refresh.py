@@ -7,13 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from rankwise.optimizers.projection import project
 from rankwise.optimizers.sharding import Whole
 
-_COLD = (
-    2  # more iterations where there is no old subspace to start from: measured, 99 % of the SVD's energy after three
-)
-
-
+# more iterations where no old subspace is there to start from: 99 % of the SVD's energy after three, measured
+_COLD = 2
 _FIRST_GUESS = 8  # directions tried for a gradient of which nothing is known
 
 
@@ -56,7 +54,7 @@ def iterate(A: Tensor, start: Tensor, iterations: int, pieces: Whole) -> Tensor 
     """
     Q = start
     for _ in range(iterations):
-        B = pieces.over_compressed(Q.mT @ A)
+        B = pieces.over_compressed(project(A, Q))
         largest = float(pieces.peak(B))
         if not 0 < largest < math.inf:
             return None
@@ -66,7 +64,7 @@ def iterate(A: Tensor, start: Tensor, iterations: int, pieces: Whole) -> Tensor 
 
 def rayleigh_ritz(A: Tensor, Q: Tensor, pieces: Whole) -> Subspace:
     """Turn an orthonormal Q so that the directions in which A is large come first; by a k × k eigenproblem."""
-    B = pieces.over_compressed(Q.mT @ A)
+    B = pieces.over_compressed(project(A, Q))
     largest = float(pieces.peak(B)) or 1.0
     small = B / largest
     energies, E = torch.linalg.eigh(pieces.over_other(small @ small.mT))

@@ -65,7 +65,7 @@ class ProjectedContract(OptimizerContract):
         return float((A - basis @ (basis.mT @ A)).norm() / A.norm())
 
     def _left(self, parameter: nn.Parameter) -> bool:
-        return parameter.shape[0] <= math.prod(parameter.shape[1:])
+        return parameter.shape[0] < math.prod(parameter.shape[1:])
 
     # -- subspaces -----------------------------------------------------------------------------------------------
 
