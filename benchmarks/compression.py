@@ -1,6 +1,7 @@
-"""What factorizing trained models costs and saves: MiniLM on STS-B, EfficientNet-lite0 on CIFAR-10's images.
+"""What factorizing trained models costs and saves: MiniLM on STS-B, a small language model trained here on WikiText-2,
+EfficientNet-lite0 on CIFAR-10's images.
 
-    RANKWISE_DATA=… python benchmarks/compression.py        # writes results/compression.json (about ten minutes on one core)
+    RANKWISE_DATA=… python benchmarks/compression.py        # writes results/compression.json (about fifteen minutes on one core)
 
 Every way of cutting keeps the same share of the weights of the same layers. Calibration reads training rows, scores are taken on
 others. The photographs are enlarged from 32 × 32 and their classes are not ImageNet's: counted is how often the first choice among
@@ -31,17 +32,22 @@ from rankwise.compression import (
     factorize_model,
     factorize_query,
     mean_features,
+    perplexity,
     rank_profile,
     uniform_ranks,
     welore_ranks,
 )
 from rankwise.finetuning import efficientnet_lite
 from rankwise.finetuning.tasks.scores import correlations
+from reproduction.beyond.pretraining.corpus import corpus, random_rows, spread_rows
+from reproduction.beyond.pretraining.run import SCALES
+from reproduction.beyond.pretraining.training import Run, train
 
 TARGETS = (0.75, 0.5, 0.35)
 IMAGE_TARGETS = (0.9, *TARGETS)  # a network of 1 × 1 convolutions that was made small already
 RULES = {"welore": welore_ranks, "uniform": uniform_ranks}
 CALIBRATION_TEXTS, BATCH = 512, 32
+LM_RATE, LM_TOKENS, LM_WINDOWS, CALIBRATION_ROWS = 4e-3, 2_000_000, 256, 128
 CALIBRATION_IMAGES, IMAGES, IMAGE_BATCH = 64, 200, 8
 DAMPINGS, FEW_TEXTS = (1e-6, 1e-4, 1e-3, 1e-2, 1e-1), 32
 PAIRS = 15
@@ -129,6 +135,35 @@ def minilm(data: Path) -> dict[str, Any]:
                 results["attention"].append(entry)
                 show("attention", entry)
     return results
+
+
+def language_model(data: Path) -> dict[str, Any]:
+    """The Llama of reproduction/beyond/pretraining, trained by AdamW at the rate chosen there."""
+    settings = SCALES["desk"]
+    trained = train(Run("wikitext2", "adamw", settings["rank"], LM_RATE, 0, LM_TOKENS, "held_out"), settings)
+    dense, text = trained.model.eval(), corpus("wikitext2", settings["vocabulary"])
+    generator = torch.Generator().manual_seed(1)
+    rows = random_rows(text.train, CALIBRATION_ROWS, settings["length"], generator)
+    windows = spread_rows(text.held_out, LM_WINDOWS, settings["length"]).split(BATCH)
+
+    def step(model: nn.Module) -> Callable[[], None]:
+        def call() -> None:
+            with torch.no_grad():
+                model(input_ids=windows[0])
+
+        return call
+
+    results: dict[str, Any] = {
+        "metric": "perplexity",
+        "trained_on_tokens": LM_TOKENS,
+        "windows": LM_WINDOWS,
+        "calibration_rows": CALIBRATION_ROWS,
+        "dense": perplexity(dense, windows),
+        "parameter_bytes": sum(p.nbytes for p in dense.parameters()),
+    }
+    show("language model, dense", results)
+    calibration = [{"input_ids": part} for part in rows.split(BATCH)]
+    return results | cuts(dense, calibration, lambda model: perplexity(model, windows), step, TARGETS)
 
 
 def efficientnet(data: Path) -> dict[str, Any]:
@@ -233,13 +268,15 @@ def show(name: str, result: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("minilm", "efficientnet"), help="print one half, write nothing")
+    parser.add_argument(
+        "--only", choices=("minilm", "language_model", "efficientnet"), help="print one part, write nothing"
+    )
     options = parser.parse_args()
     if not os.environ.get("RANKWISE_DATA"):
-        sys.exit("set RANKWISE_DATA to the folder of data sets (glue_stsb, cifar10_subset)")
+        sys.exit("set RANKWISE_DATA to the folder of data sets (glue_stsb, wikitext2, cifar10_subset)")
     data = Path(os.environ["RANKWISE_DATA"])
     torch.set_num_threads(1)
-    studies = {"minilm": minilm, "efficientnet": efficientnet}
+    studies = {"minilm": minilm, "language_model": language_model, "efficientnet": efficientnet}
     if options.only:
         studies[options.only](data)
         return

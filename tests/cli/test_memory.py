@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from rankwise.cli.main import main
+from rankwise.compression import factorize_model, save_factorized
 from rankwise.optimizers.memory import METHODS, optimizer_memory
 from tests.cli.complaints import Captured, complaint
 from tests.tiny_models import tiny_bert, tiny_llama
@@ -97,6 +98,21 @@ def test_the_class_that_the_config_names_is_built_and_weights_are_not_read(tmp_p
     rows = {row["name"]: row for row in said["methods"][0]["parameters"]}
     assert rows["classifier.weight"]["trainable"] == 12 * 32
     assert rows["bert.pooler.dense.weight"]["rank"] == 4
+
+
+def test_the_layers_of_a_compressed_model_are_counted_as_they_are(tmp_path: Path, capsys: Captured) -> None:
+    model = tiny_bert()
+    factorize_model(model, ranks=4, include=["attention"])
+    save_factorized(model, tmp_path / "model")
+    arguments = ("--model", tmp_path / "model", "--methods", "adamw,galore", "--rank", 3, "--json")
+    adamw, galore = json.loads(printed(capsys, *arguments))["methods"]
+    assert adamw["weights"] == optimizer_memory(model).weights < optimizer_memory(tiny_bert()).weights
+    assert galore["state"] == optimizer_memory(model, "galore", 3).state
+    config = json.loads((tmp_path / "model" / "config.json").read_text(encoding="utf-8"))
+    config["rankwise"]["low_rank_layers"]["nowhere"] = {"rank": 1}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert main(["memory", "--model", str(tmp_path / "model")]) == 2
+    assert "has no layer nowhere" in " ".join(complaint(capsys).split())
 
 
 @pytest.mark.pretrained

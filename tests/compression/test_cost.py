@@ -243,9 +243,13 @@ class LooksAtValues(nn.Module):
 
 
 def test_mistakes_are_explained() -> None:
-    for tokens in (0, -3, True):
+    wrong: Any
+    for wrong in (0, -3, True, None, "text", 2.5):
         with pytest.raises(ValueError, match="tokens must be a number of at least 1, or a batch"):
-            estimate_cost(Mlp(), tokens)
+            estimate_cost(Mlp(), wrong)
+    for wrong in ([], {"y": torch.ones(2, 20)}):
+        with pytest.raises(ValueError, match="cannot be called with this batch"):
+            estimate_cost(Mlp(), wrong)
     model = LooksAtValues()
     with pytest.raises(ValueError, match="cannot be gone through by shapes alone"):
         estimate_cost(model, torch.ones(2, 4))

@@ -103,6 +103,44 @@ def test_a_profile_once_made_gives_the_same_model_for_every_rule():
         assert all(torch.equal(a, b) for a, b in states)
 
 
+@pytest.mark.parametrize(("calibrated", "rule"), [(False, welore_ranks), (True, uniform_ranks)])
+def test_the_rule_when_none_is_given_is_the_better_one_for_such_spectra(calibrated, rule):
+    calibration = [torch.randn(30, 20)] if calibrated else None
+    model, other = Mlp(hidden=40), Mlp(hidden=40)
+    profile = rank_profile(model, calibration)
+    expected = profile.ranks(0.5, rule)
+    assert profile.ranks(0.5) == expected
+    assert profile.low_rank(0.5) == [layer.name for layer in profile.layers if expected[layer.name] < min(layer.shape)]
+    other.load_state_dict(model.state_dict())
+    done, explicit = (
+        factorize_model(m, 0.5, calibration=calibration, profile=profile, **options)
+        for m, options in ((model, {}), (other, {"rule": rule}))
+    )
+    assert done.ranks == explicit.ranks
+
+
+def test_a_layer_too_small_for_its_share_does_not_fail_the_rest():
+    model = Mlp(d_out=1)  # rank 1 of the last layer is no smaller than the layer
+    x = torch.randn(30, 20)
+    with pytest.raises(ValueError, match="less than rank 1"):
+        factorize_model(model, 0.5, calibration=[x], rule=uniform_ranks)
+    done = factorize_model(model, 0.5, calibration=[x])
+    assert list(done.ranks) == ["lin0", "lin1"]
+    assert done.share <= 0.5
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_a_generator_of_batches_serves_the_spectra_and_the_pairs(calibrated):
+    x = torch.randn(12, 20)
+    models = [Mlp(), Mlp()]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, calibration in zip(models, (x.split(4), (part for part in x.split(4))), strict=True):
+        profile = rank_profile(model, list(x.split(4))) if calibrated else None
+        factorize_model(model, 0.5, calibration=calibration, profile=profile)
+    states = zip(*(model.state_dict().values() for model in models), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
+
+
 def test_progress_counts_up_to_its_total():
     seen: list[tuple[int, int]] = []
     factorize_model(Mlp(), ranks=2, progress=lambda done, of: seen.append((done, of)))
@@ -171,6 +209,20 @@ def test_a_layer_that_stands_at_two_places_is_one_pair_at_both():
         ({"ranks": {"lin0": 21}}, "lin0: the rank of a 24 × 20 matrix must be a whole number from 1 to 20, got 21"),
         ({"ranks": 3, "include": ["nowhere"]}, r"include=\['nowhere'\] names no layer"),
         ({"ranks": 3, "exclude": "("}, "no regular expression"),
+        ({"ranks": 3, "include": []}, r"include=\[\] names no layer; leave it out"),
+        ({"ranks": {}}, "ranks names no layer"),
+        ({"target": True}, "must lie in"),
+        ({"target": 0.5, "rule": "welore"}, "rule must be a function .*, got 'welore'"),
+        ({"target": 0.5, "rule": lambda spectra, target: [1]}, "a list of 3 ranks, one for each layer; it gave 1"),
+        ({"target": 0.5, "rule": lambda spectra, target: None}, "a list of 3 ranks, one for each layer; it gave None"),
+        ({"target": 0.5, "rule": lambda spectra, target: [1.5] * 3}, "lin0: the rank of .* must be a whole number"),
+        ({"ranks": 3, "damping": -1.0}, "damping must be a number of at least 0, got -1.0"),
+        ({"ranks": 3, "damping": float("nan")}, "damping must be a number of at least 0, got nan"),
+        ({"ranks": 3, "calibration": 5}, "calibration must be a list of batches.* got 5"),
+        ({"ranks": 3, "calibration": "text"}, "calibration must be a list of batches.* got 'text'"),
+        ({"ranks": 3, "calibration": torch.ones(2, 20)}, "got one batch, which goes into a list"),
+        ({"ranks": 3, "calibration": [None]}, "a batch of the calibration data must be .* got None"),
+        ({"ranks": 3, "calibration": [torch.ones(0, 20)]}, "holds no batch with a row"),
         ({"ranks": 3, "exclude": ["typo"]}, r"exclude=\['typo'\] names no layer"),
     ],
 )
@@ -192,9 +244,17 @@ def test_weights_that_cannot_be_cut_are_refused_with_their_layer():
         factorize_model(tied, ranks=4, include=["lm_head"])
     with pytest.raises(ValueError, match="no linear layer or convolution"):
         factorize_model(nn.Sequential(nn.LayerNorm(3)), 0.5)
+    for empty, says in (
+        (Mlp().to("meta"), "lin0 is on the meta device"),
+        (nn.Sequential(nn.Linear(8, 8, dtype=torch.complex64)), "0: its weight is complex"),
+    ):
+        for calibration in (None, [torch.ones(2, 20)]):
+            with pytest.raises(ValueError, match=says):
+                factorize_model(empty, 0.5, calibration=calibration)
     profile = rank_profile(Mlp())
-    with pytest.raises(ValueError, match="profile is of other layers"):
-        factorize_model(tiny_bert(), 0.5, profile=profile)
+    for other in (tiny_bert(), Mlp(hidden=30)):
+        with pytest.raises(ValueError, match="profile is of other layers"):
+            factorize_model(other, 0.5, profile=profile)
     with pytest.raises(ValueError, match="must both have calibration data"):
         factorize_model(Mlp(), 0.5, profile=profile, calibration=[torch.ones(2, 20)])
 
@@ -255,6 +315,8 @@ def test_freezing_knows_convolutions_and_complains_of_nothing_to_train():
     assert freeze_full_rank(model) == 2 * (8 + 72)
     with pytest.raises(ValueError, match=r"also=\['head'\] names no module"):
         freeze_full_rank(model, also=["head"])
+    with pytest.raises(ValueError, match="'\\(' is no regular expression"):
+        freeze_full_rank(model, also="(")
 
 
 def test_a_bfloat16_model_is_cut_in_its_dtype():

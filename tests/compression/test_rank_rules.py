@@ -16,6 +16,7 @@ from rankwise.compression import (
     uniform_ranks,
     welore_ranks,
 )
+from rankwise.compression.rank_rules import uniform_ranks_from_one
 
 
 def cost(shape: tuple[int, int], rank: int) -> int:
@@ -123,6 +124,31 @@ def test_the_uniform_rule_keeps_at_most_its_share_of_every_layer(spectra, target
         assert target == 1 or (rank + 1) * (m + n) > target * m * n
 
 
+@given(models(), st.floats(0.05, 1))
+def test_where_a_share_is_below_rank_one_the_target_is_kept_all_the_same(spectra, target):
+    try:
+        expected = uniform_ranks(spectra, target)
+    except ValueError:
+        least = share(spectra, [1] * len(spectra))
+        if target < least:
+            with pytest.raises(ValueError, match="cannot be reached: rank 1 in every layer"):
+                uniform_ranks_from_one(spectra, target)
+            return
+        ranks = uniform_ranks_from_one(spectra, target)
+        assert all(1 <= rank <= min(shape) for rank, (_, shape) in zip(ranks, spectra, strict=True))
+        assert share(spectra, ranks) <= target + 1e-12
+    else:
+        assert uniform_ranks_from_one(spectra, target) == expected
+
+
+def test_the_others_go_on_having_one_share_beside_a_layer_of_rank_one():
+    shapes = [(2, 40), (64, 64), (64, 64), (200, 50)]
+    ranks = uniform_ranks_from_one([Spectrum(torch.ones(min(shape)), shape) for shape in shapes], 0.4)
+    assert ranks[0] == 1  # more than 0.4 of it
+    for (m, n), rank in list(zip(shapes, ranks, strict=True))[1:]:
+        assert rank == pytest.approx(0.4 * m * n / (m + n), abs=1)
+
+
 def test_ranks_for_energy_are_the_smallest_that_hold_it():
     S = torch.tensor([4.0, 2.0, 1.0, 0.5])
     energies = S.square().cumsum(0) / S.square().sum()
@@ -132,8 +158,8 @@ def test_ranks_for_energy_are_the_smallest_that_hold_it():
     assert ranks_for_energy([Spectrum(torch.zeros(3), (3, 3))], 0.9) == [1]
 
 
-@pytest.mark.parametrize("target", [0.0, -0.5, 1.5, float("nan")])
-@pytest.mark.parametrize("rule", [welore_ranks, uniform_ranks])
+@pytest.mark.parametrize("target", [0.0, -0.5, 1.5, float("nan"), True, "half"])
+@pytest.mark.parametrize("rule", [welore_ranks, uniform_ranks, uniform_ranks_from_one])
 def test_no_share_is_refused(rule, target):
     with pytest.raises(ValueError, match=r"must lie in \(0, 1\]"):
         rule([Spectrum(torch.ones(4), (4, 4))], target)

@@ -151,8 +151,9 @@ def listed(content: dict[str, Any]) -> dict[str, Any]:
         (lambda layers, layer: layers[layer].update(rank="3"), "is damaged: its low_rank_layers"),
         (lambda layers, layer: layers[layer].update(right_of="x"), "is damaged: its low_rank_layers"),
         (lambda layers, layer: layers[layer].update(right_of=layer), "is damaged: its low_rank_layers"),
+        (lambda layers, layer: layers[layer].update(right_of=[1]), "is damaged: its low_rank_layers"),
         (lambda layers, layer: layers.update({layer: []}), "is damaged: its low_rank_layers"),
-        (lambda layers, layer: layers[layer].update(rank=4), r"in another shape|cannot load"),
+        (lambda layers, layer: layers[layer].update(rank=4), r"in another shape .*\(\(\d+, 3\) instead of"),
         (lambda layers, layer: layers[layer].update(rank=10**6), "must be a whole number from 1"),
         (lambda layers, layer: layers.pop(layer), "lack"),
         (lambda layers, layer: layers.update(nowhere={"rank": 1}), "has no layer nowhere"),
@@ -196,6 +197,45 @@ def test_damaged_files_and_those_of_another_version_are_refused(name, file, laye
             load(folder)
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"architectures": 5}, "names the architectures 5, of which transformers has no model"),
+        ({"architectures": ["BertConfig"]}, "of which transformers has no model"),
+        ({"model_type": []}, "cannot load the model in"),
+        ({"hidden_size": "x"}, "expected int, got str"),
+        ({"num_hidden_layers": 3}, "lack bert.encoder.layer.2"),
+        ({"hidden_size": 64}, r"in another shape .* instead of \(64,\)"),
+    ],
+)
+def test_a_config_that_does_not_fit_the_tensors_is_refused(change, says, saved, tmp_path):
+    folder = Path(shutil.copytree(saved / "bert", tmp_path / "bert"))
+    content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    (folder / "config.json").write_text(json.dumps({**content, **change}), encoding="utf-8")
+    with pytest.raises(ValueError, match=says):
+        load_factorized(folder)
+
+
+def test_a_model_that_a_folder_does_not_fit_keeps_its_layers(saved):
+    model = Mlp(hidden=30)
+    before, state = list(model.modules()), {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="in another shape"):
+        load_factorized(saved / "mlp", model)
+    assert list(model.modules()) == before
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_an_adapter_is_not_saved_in_the_place_of_the_model(tmp_path):
+    from peft import LoraConfig
+
+    model: Any = tiny_llama()
+    factorize_model(model, 0.5, include=["mlp"])
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match="if it holds an adapter, merge that first"):
+        save_factorized(model, tmp_path / "model")
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_wrong_kind_of_folder_or_model_is_refused(saved, tmp_path):
     for folder, model, options, says in (
         (saved / "dense", None, {}, "lists no low-rank layers"),
@@ -204,7 +244,7 @@ def test_the_wrong_kind_of_folder_or_model_is_refused(saved, tmp_path):
         (saved / "mlp", None, {}, "pass a dense one"),
         (saved / "mlp", tiny_bert(), {}, "has no layer"),
         (saved / "mlp", Mlp(), {"dtype": torch.float32}, "go with a transformers model"),
-        (saved / "mlp", Mlp(hidden=30), {}, "in another shape"),
+        (saved / "bert", None, {"no_such_option": 1}, "cannot load the model in .* 'no_such_option'"),
     ):
         with pytest.raises(ValueError, match=says):
             load_factorized(folder, model, **options)
@@ -215,6 +255,9 @@ def test_nothing_is_overwritten_and_a_dense_model_is_not_saved_here(saved, tmp_p
         save_factorized(Mlp(), tmp_path / "new")
     model = Mlp()
     factorize_model(model, ranks=3)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"cannot make the folder .*file/x"):
+        save_factorized(model, tmp_path / "file" / "x")
     before = (saved / "mlp" / "factorization.json").read_bytes()
     with pytest.raises(ValueError, match="not empty"):
         save_factorized(model, saved / "mlp")

@@ -1,6 +1,7 @@
 """``rankwise compress``."""
 
 import json
+import math
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from rankwise.errors import UserError
 
@@ -59,16 +61,17 @@ def compress(
         typer.Option(help="Instead: share of every layer's energy to keep, in (0, 1].", rich_help_panel=_SIZE),
     ] = None,
     rule: Annotated[
-        str,
+        str | None,
         typer.Option(
-            help="How --target is spread: welore (layers of low rank give more) or uniform (all the same).",
+            help="How --target is spread: welore (layers of low rank give more) or uniform (all the same). Left out: uniform "
+            "with --calibrate, welore without.",
             rich_help_panel=_SIZE,
         ),
-    ] = "welore",
+    ] = None,
     calibrate: Annotated[
         str | None,
         typer.Option(
-            help="Text file, or labelled table (CSV, TSV, JSONL, Parquet) whose texts are read: data as the model will see it.",
+            help="Text file, or table (CSV, TSV, JSONL, Parquet) whose texts are read: data as the model will see it.",
             rich_help_panel=_DATA,
         ),
     ] = None,
@@ -110,7 +113,10 @@ def compress(
 ) -> None:
     if sum(option is not None for option in (target, rank, energy)) > 1:
         raise UserError("--target, --rank and --energy exclude each other; give one of them")
-    if rule not in _RULES:
+    for option, given in (("--model", model), ("--out", out), ("--calibrate", calibrate), ("--eval", eval_data)):
+        if given is not None and not given.strip():
+            raise UserError(f"{option} is empty; give a name, or leave the option out")
+    if rule is not None and rule not in _RULES:
         raise UserError(f"--rule must be {' or '.join(_RULES)}, got {rule!r}")
     if task is not None and task not in (_PAIRS, _CLASSES):
         raise UserError(
@@ -121,6 +127,11 @@ def compress(
     for option, value in (("--calibrate-rows", calibrate_rows), ("--max-length", max_length)):
         if value < 2:
             raise UserError(f"{option} must be at least 2, got {value}")
+    if (text, text_pair, label) != (None, None, None) and not any(map(_is_table, (calibrate, eval_data))):
+        raise UserError(
+            f"--text, --text-pair and --label name columns of a table ({', '.join(_TABLES)}), and neither --calibrate nor "
+            "--eval is one; leave them out"
+        )
     _require_free(Path(out))
     settings = {
         "model": model, "target": 0.5 if rank is None and energy is None and target is None else target, "rank": rank,
@@ -161,17 +172,17 @@ class _Run:
         from rankwise.compression import factorize_model, rank_profile, uniform_ranks, welore_ranks
 
         asked = self.settings
-        with self.console.status(f"loading {asked['model']}"):
+        with self.console.status(f"loading {escape(asked['model'])}"):
             self._load()
         calibration, score = self._data()
-        names = {"include": asked["include"], "exclude": asked["exclude"]}
+        names = {"include": asked["include"], "exclude": [*(asked["exclude"] or []), *self.unused] or None}
         before = None if score is None else score.of(self.model)
         with progress(self.console, "spectra of all layers") as (report, _):
             profile = rank_profile(self.model, calibration, progress=report, **names)
         with progress(self.console, "factorizing") as (report, _):
             done = factorize_model(
                 self.model, asked["target"], ranks=asked["rank"], energy=asked["energy"],
-                rule=welore_ranks if asked["rule"] == "welore" else uniform_ranks,
+                rule={None: None, "welore": welore_ranks, "uniform": uniform_ranks}[asked["rule"]],
                 calibration=calibration, profile=profile, progress=report, **names,
             )  # fmt: skip
         after = None if score is None else score.of(self.model)
@@ -180,8 +191,8 @@ class _Run:
             "metric": None if score is None else score.name,
             "greater_is_better": None if score is None else score.greater_is_better,
             "scored_on": None if score is None else score.about,
-            "before": before,
-            "after": after,
+            "before": _finite(before),
+            "after": _finite(after),
             "calibration_texts": self.calibrated_on,
             **done.as_dict(),
         }
@@ -193,7 +204,9 @@ class _Run:
         self._write(out, result, profile)
         say(self.console, str(done))
         if score is not None:
-            say(self.console, f"{score.name} {before:.4f} before, {after:.4f} after ({score.about})")
+            say(self.console, f"{score.name} {_shown(before)} before, {_shown(after)} after ({score.about})")
+            if _finite(before) is None or _finite(after) is None:
+                say(self.console, f"a {score.name} that is not finite is null in result.json and metrics.jsonl")
         say(
             self.console,
             f"report: {out / 'report.html'}" if (out / "report.html").is_file() else f"model: {out / 'model'}",
@@ -202,8 +215,9 @@ class _Run:
     def _load(self) -> None:
         import torch
         import transformers
-        from safetensors import SafetensorError
 
+        from rankwise.compression import load_factorized
+        from rankwise.compression.saving import model_class, reason_of, require_all_tensors
         from rankwise.finetuning import efficientnet_lite
         from rankwise.finetuning.models import load_tokenizer, model_source
 
@@ -213,6 +227,14 @@ class _Run:
                 "EfficientNet-lite0 is no model folder of transformers; factorize it in Python with "
                 "rankwise.compression.factorize_model"
             )
+        if Path(source, "result.json").is_file() and Path(source, "model", "config.json").is_file():
+            raise UserError(
+                f"{source} is the folder of a run of compress, not of a model; did you mean {Path(source, 'model')}?"
+            )
+        if Path(source, "adapter_config.json").is_file():
+            raise UserError(
+                f"{source} holds an adapter; merge it first (merge_and_unload of peft, then save_pretrained) and compress that"
+            )
         needs_text = self.settings["calibrate"] is not None or self.settings["eval"] is not None
         self.tokenizer: Any = None
         try:
@@ -220,15 +242,37 @@ class _Run:
         except UserError:
             if needs_text or not Path(source, "config.json").is_file():
                 raise
+        except Exception as error:  # of a config that holds anything
+            raise UserError(f"cannot load the model {self.settings['model']}: {reason_of(error)}") from None
         try:
             config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-            named: Any = getattr(transformers, str((config.architectures or [""])[0]), transformers.AutoModel)
-            self.model = named.from_pretrained(
-                source, use_safetensors=True, dtype="auto", trust_remote_code=False
-            ).eval()
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise UserError(f"cannot load the model {self.settings['model']}: {first}") from None
+            compressed = getattr(config, "rankwise", None) is not None
+            if not compressed:
+                # an embedding model is scored, and kept, without a head
+                named = None if self.settings["task"] == _PAIRS else model_class(config.architectures)
+                self.model, report = (named or transformers.AutoModel).from_pretrained(
+                    source, use_safetensors=True, dtype="auto", trust_remote_code=False, output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # and refused below, by name
+                )  # fmt: skip
+        except MemoryError:
+            raise
+        except Exception as error:  # a config may hold anything, and whatever reads it may stumble over it anyhow
+            raise UserError(f"cannot load the model {self.settings['model']}: {reason_of(error)}") from None
+        self.unused: list[str] = []
+        if compressed and not Path(source).is_dir():
+            raise UserError(f"{source} is compressed already; to compress it further, download it and name its folder")
+        if compressed:  # its dense layers may be cut as well
+            self.model = load_factorized(source, dtype="auto")
+            if self.settings["task"] == _PAIRS:
+                self.model = self.model.base_model
+        else:
+            # encoders are often saved without the pooler that their class has and nobody calls; anything else that is missing
+            # would be compressed, and saved, as the random numbers it is filled in with
+            missing = set(report["missing_keys"])
+            poolers = {name for name in missing if "pooler" in name.split(".")}
+            self.unused = sorted({name.partition("pooler")[0] + "pooler" for name in poolers})
+            require_all_tensors(source, {**report, "missing_keys": missing - poolers}, left_over=False)
+        self.model.eval()
         if torch.cuda.is_available():
             self.model.cuda()
         self.source = source
@@ -274,12 +318,13 @@ class _Run:
         return [window for batch in token_windows(torch.tensor(ids), self._length(), 1) for window in batch]
 
     def _texts(self, file: str) -> list[str]:
-        path = Path(file)
-        if path.suffix.lower() in _TABLES:
-            rows = self._table(file).rows
-            return [text for row in rows for text in (row["text"], row["text_pair"]) if text is not None]
+        asked = self.settings
+        if _is_table(file):
+            from rankwise.finetuning.data import read_texts
+
+            return read_texts(file, text=asked["text"], text_pair=asked["text_pair"], label=asked["label"])
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()
+            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
         except OSError as error:
             raise UserError(f"cannot read {file}: {error.strerror}") from None
         except UnicodeDecodeError as error:
@@ -338,12 +383,11 @@ class _Run:
         if asked["task"] == _CLASSES:
             return _Score("accuracy", self._accuracy(table), True, name)
         from rankwise.finetuning.tasks import PairSimilarity
+        from rankwise.finetuning.tasks.pair_similarity import pooling_of
         from rankwise.finetuning.training import predict_rows
 
         pairs: Any = PairSimilarity(table, self.tokenizer, self._length())
-        self.model = (
-            pairs.load_model(self.source, None).eval().to(self.model.device)
-        )  # the bare encoder, and its pooling
+        pairs.pooling = pooling_of(self.source)
         positions = list(range(min(len(table.rows), 4 * _SCORED)))
         return _Score(
             "spearman",
@@ -457,10 +501,21 @@ def _verdict(result: dict[str, Any]) -> str:
     )
     if result["metric"] is None:
         return said + "Nothing was scored: give --calibrate or --eval."
-    return (
-        said
-        + f"{result['metric']}: {result['before']:.4f} before, {result['after']:.4f} after, on {result['scored_on']}."
-    )
+    before, after = _shown(result["before"]), _shown(result["after"])
+    return said + f"{result['metric']}: {before} before, {after} after, on {result['scored_on']}."
+
+
+def _finite(value: float | None) -> float | None:
+    """JSON has no number that is infinite, as a perplexity may be."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if _finite(value) is None else f"{value:.4f}"
+
+
+def _is_table(file: str | None) -> bool:
+    return file is not None and Path(file).suffix.lower() in _TABLES
 
 
 def _ranks_figure(layers: Sequence[dict[str, Any]], highest: Sequence[int]) -> Any:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -106,6 +107,7 @@ def _skeleton(name: str) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoConfig, AutoModel
 
+    from rankwise.compression.saving import described_layers, model_class, put_layers, reason_of
     from rankwise.finetuning import efficientnet_lite
     from rankwise.finetuning.models import model_source
 
@@ -118,15 +120,14 @@ def _skeleton(name: str) -> tuple[Any, Any]:
             return efficientnet_lite.EfficientNetLite(efficientnet_lite.EfficientNetLiteConfig()), torch.float32
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
-            named = getattr(transformers, str((config.architectures or [""])[0]), None)
-            if isinstance(named, type) and issubclass(named, transformers.PreTrainedModel):
-                built = named(config)
-            else:
-                built = AutoModel.from_config(config, trust_remote_code=False)
+            named = model_class(config.architectures)
+            built = AutoModel.from_config(config, trust_remote_code=False) if named is None else named(config)
+            compressed = getattr(config, "rankwise", None)
+            if compressed is not None:  # some of its layers are pairs
+                put_layers(built, described_layers(compressed, Path(source, "config.json")))
         except Exception as error:  # a config may hold anything, and whatever reads it may stumble over it anyhow
-            first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
             raise UserError(
-                f"cannot build the model that --model {source} describes by its config.json: {first}"
+                f"cannot build the model that --model {source} describes by its config.json: {reason_of(error)}"
             ) from None
     return built, config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 

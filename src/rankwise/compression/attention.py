@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from rankwise.compression.calibration import MEMORY, Batches, SecondMoments
 from rankwise.compression.factorize import Factorization, FactorizedLayer, factorize_model, parameter_bytes
-from rankwise.compression.factors import DAMPING, balanced_factors, output_directions
+from rankwise.compression.factors import DAMPING, balanced_factors, output_directions, require_damping
 from rankwise.compression.low_rank_layers import LowRankLinear, require_rank
-from rankwise.compression.model_layers import MatrixLayer, layers_of, replace_layer
+from rankwise.compression.model_layers import MatrixLayer, layers_of, replace_layer, require_values
 from rankwise.compression.rank_profile import LayerProfile, Progress, errors_about
 from rankwise.compression.saving import record_layers, share_right
 
@@ -116,8 +116,10 @@ def factorize_key_value(
         >>> attention.key.right is attention.value.right, attention.key.right.shape
         (True, torch.Size([8, 32]))
     """
+    require_damping(damping)
     attentions = _attentions(model)
     layers = layers_of(model, include=[name for one in attentions for name in (one.key, one.value)])
+    require_values(layers.layers)
     by_name = {layer.name: layer for layer in layers.layers}
     pairs = [(by_name[one.key], by_name[one.value]) for one in attentions if {one.key, one.value} <= by_name.keys()]
     if len(pairs) < len(attentions):

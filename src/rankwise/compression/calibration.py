@@ -29,12 +29,12 @@ class SecondMoments:
         memory: bytes of the matrices held at a time, n² · 8 a layer; one layer's is always held.
 
     Raises:
-        ValueError: no batches.
+        ValueError: what is no list of batches.
     """
 
     def __init__(self, model: nn.Module, layers: Sequence[MatrixLayer], batches: Batches, memory: int = MEMORY):
         self.model = model
-        self.batches = list(batches) if isinstance(batches, Iterator) else batches
+        self.batches = read_again(batches)
         self.groups = list(_groups(layers, memory))
         self.group_of = {layer.name: place for place, group in enumerate(self.groups) for layer in group}
         self.held: int | None = None
@@ -44,7 +44,7 @@ class SecondMoments:
         """(n, n) in float64, or None where no batch reached the layer, such as an expert that no token chose.
 
         Raises:
-            ValueError: no batches, or inputs with NaN or infinite entries.
+            ValueError: no batches, none with a row, or inputs with NaN or infinite entries.
         """
         wanted = self.group_of[layer.name]
         if wanted != self.held:
@@ -59,7 +59,7 @@ class SecondMoments:
         try:
             with evaluating(self.model):
                 for batch in self.batches:
-                    batches += 1
+                    batches += _has_rows(batch)
                     gatherer.start(batch)
                     run_on(self.model, batch)
         finally:
@@ -67,7 +67,7 @@ class SecondMoments:
                 handle.remove()
         if batches == 0:
             raise ValueError(
-                "the calibration data holds no batch; give at least one, better a hundred rows of real data"
+                "the calibration data holds no batch with a row in it; give at least one, better a hundred rows of real data"
             )
         return gatherer.means()
 
@@ -114,6 +114,30 @@ class _Gatherer:
 
     def means(self) -> dict[str, Tensor]:
         return {name: total / self.rows[name] for name, total in self.sums.items() if self.rows[name]}
+
+
+def read_again(batches: Batches) -> Batches:
+    """Batches that can be gone through several times: those of a generator as a list.
+
+    Raises:
+        ValueError: no list of batches, such as a single one of them.
+    """
+    if not isinstance(batches, Iterable) or isinstance(batches, str | bytes | Mapping | Tensor):
+        raise ValueError(
+            "calibration must be a list of batches, or a DataLoader: dicts of tensors, tuples or tensors; got "
+            f"{'one batch, which goes into a list' if isinstance(batches, Mapping | Tensor) else repr(batches)[:100]}"
+        )
+    return list(batches) if isinstance(batches, Iterator) else batches
+
+
+def _has_rows(batch: Any) -> bool:
+    """Whether there is anything in a batch; an error if it is none."""
+    if not isinstance(batch, Mapping | tuple | list | Tensor):
+        raise ValueError(
+            f"a batch of the calibration data must be a dict of tensors, a tuple or a tensor, got {repr(batch)[:100]}"
+        )
+    values = batch.values() if isinstance(batch, Mapping) else [batch] if isinstance(batch, Tensor) else batch
+    return any(not isinstance(value, Tensor) or value.numel() > 0 for value in values)
 
 
 def run_on(model: nn.Module, batch: Any) -> Any:

@@ -141,7 +141,7 @@ def estimate_cost(
         the order of registration for a number, in the forward pass for a batch.
 
     Raises:
-        ValueError: not a positive number; a forward pass that looks at values; a sequence length for a model whose
+        ValueError: not a positive number; a batch that the model cannot be called with; a forward pass that looks at values; a sequence length for a model whose
             configuration does not say how many heads it has.
 
     Example:
@@ -152,9 +152,10 @@ def estimate_cost(
         [(409600, 409600), (64000, 128000)]
     """
     layers = {name: module for name, module in model.named_modules() if _kind(module) is not None}
+    is_batch = isinstance(tokens, Tensor | Sequence | Mapping) and not isinstance(tokens, str)
+    if not is_batch and (not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1):
+        raise ValueError(f"tokens must be a number of at least 1, or a batch, got {tokens!r}")
     if isinstance(tokens, int):
-        if isinstance(tokens, bool) or tokens < 1:
-            raise ValueError(f"tokens must be a number of at least 1, or a batch, got {tokens!r}")
         calls = _calls_of_every_token(model, layers, tokens)
         total = tokens
     else:
@@ -233,6 +234,8 @@ def _calls_of_a_batch(
     try:
         with torch.enable_grad():
             functional_call(model, twins, arguments, named)
+    except TypeError as error:
+        raise ValueError(f"the model cannot be called with this batch: {error}") from None
     except (RuntimeError, NotImplementedError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(

@@ -6,14 +6,13 @@ from typing import Any, cast
 
 from torch import nn
 
-from rankwise.compression.calibration import MEMORY, Batches, SecondMoments
-from rankwise.compression.factors import DAMPING, balanced_factors, output_directions
+from rankwise.compression.calibration import MEMORY, Batches, SecondMoments, read_again
+from rankwise.compression.factors import DAMPING, balanced_factors, output_directions, require_damping
 from rankwise.compression.low_rank_layers import LowRankConv2d, LowRankLinear, require_rank
-from rankwise.compression.model_layers import layers_of, replace_layer
+from rankwise.compression.model_layers import is_named, layers_of, replace_layer, require_values
 from rankwise.compression.rank_profile import LayerProfile, Progress, RankProfile, errors_about, rank_profile
 from rankwise.compression.rank_rules import RankRule, highest_paying_rank, kept_weights, ranks_for_energy
 from rankwise.compression.saving import record_layers
-from rankwise.compression.welore import welore_ranks
 from rankwise.model_structure import Names, is_called
 
 
@@ -96,7 +95,7 @@ def factorize_model(
     *,
     ranks: int | Mapping[str, int] | None = None,
     energy: float | None = None,
-    rule: RankRule = welore_ranks,
+    rule: RankRule | None = None,
     calibration: Batches | None = None,
     profile: RankProfile | None = None,
     include: Names | None = None,
@@ -120,7 +119,8 @@ def factorize_model(
         ranks: one rank for all, or by name or end of a name ({"q_proj": 64}); layers that no name picks stay dense.
         energy: share of Σσ² to keep in every layer, in (0, 1].
         rule: :func:`welore_ranks` (one threshold for all), :func:`uniform_ranks` (the same share each), or any function of the
-            spectra and the target.
+            spectra and the target. None is uniform_ranks with calibration data and welore_ranks without; a layer whose uniform
+            share is below rank 1 then keeps rank 1.
         calibration: batches for the model: dicts of tensors, tuples or tensors. A hundred rows of the kind of data that the
             model will see. Read twice, or as often as ``memory`` makes necessary.
         profile: of :func:`rank_profile` for this model, with the same names and data: spares computing the spectra again.
@@ -132,7 +132,8 @@ def factorize_model(
 
     Raises:
         ValueError: none or several of target, ranks and energy; a target that rank 1 everywhere exceeds; a name that picks no
-            layer; a rank that a layer cannot have; a quantized model; NaN or infinite weights or inputs.
+            layer; a rank that a layer cannot have; a quantized model, or one on the meta device; NaN or infinite weights or
+            inputs; calibration data that is no list of batches.
 
     Source: WeLore (Jaiswal et al. 2024, §3), overview §3.3; activation-aware truncation as in SVD-LLM (Wang et al. 2024, §3).
 
@@ -146,15 +147,19 @@ def factorize_model(
     """
     if sum(option is not None for option in (target, ranks, energy)) != 1:
         raise ValueError("give exactly one of target (a share of the weights to keep), ranks and energy")
+    require_damping(damping)
     found = layers_of(model, include, exclude)
+    require_values(found.layers)
+    if calibration is not None:
+        calibration = read_again(calibration)  # the spectra and the pairs each take a pass
     steps = _Steps(progress, (2 if profile is None else 1) * len(found.layers))
     if profile is None:
         profile = rank_profile(
             model, calibration, include=include, exclude=exclude, damping=damping, memory=memory, progress=steps.at
         )
-    if [layer.name for layer in profile.layers] != [layer.name for layer in found.layers]:
+    if [(layer.name, layer.shape) for layer in profile.layers] != [(layer.name, layer.shape) for layer in found.layers]:
         raise ValueError(
-            "the profile is of other layers than those to factorize; make it with the same include and exclude"
+            "the profile is of other layers than those to factorize; make it of this model, with the same include and exclude"
         )
     if profile.calibrated != (calibration is not None):
         raise ValueError("the profile and the factorization must both have calibration data, the same, or neither")
@@ -194,7 +199,7 @@ def freeze_full_rank(model: nn.Module, *, also: Names = ()) -> int:
         How many numbers are trained.
 
     Raises:
-        ValueError: the model has no low-rank layer; a name in ``also`` that is no module's.
+        ValueError: the model has no low-rank layer; a name in ``also`` that is no module's, or no regular expression.
 
     Source: WeLore (Jaiswal et al. 2024, §3.3).
 
@@ -216,7 +221,7 @@ def freeze_full_rank(model: nn.Module, *, also: Names = ()) -> int:
         raise ValueError("the model has no low-rank layer to train; call factorize_model first")
     named = list(model.named_modules(remove_duplicate=False))
     for pattern in [also] if isinstance(also, str) else [[name] for name in also]:
-        picked = [module for name, module in named if name and is_called(name, pattern)]
+        picked = [module for name, module in named if name and is_named((name,), pattern)]
         if not picked:
             raise ValueError(f"also={pattern!r} names no module of this model")
         factors += [parameter for module in picked for parameter in module.parameters()]
@@ -243,10 +248,10 @@ def _ranks(
     target: float | None,
     ranks: int | Mapping[str, int] | None,
     energy: float | None,
-    rule: RankRule,
+    rule: RankRule | None,
 ) -> list[int]:
     if target is not None:
-        return rule(profile.spectra(), target)
+        return list(profile.ranks(target, rule).values())
     if energy is not None:
         return ranks_for_energy(profile.spectra(), energy)
     if isinstance(ranks, Mapping):
@@ -256,6 +261,8 @@ def _ranks(
 
 
 def _named_ranks(profile: RankProfile, ranks: Mapping[str, int]) -> list[int]:
+    if not ranks:
+        raise ValueError("ranks names no layer; give at least one name with a rank, or one rank for all")
     wanted = {layer.name: min(layer.shape) for layer in profile.layers}
     for name, rank in ranks.items():
         picked = [layer for layer in profile.layers if is_called(layer.name, [name])]

@@ -10,6 +10,9 @@ calibration data has too few rows to know. Its error on that data is never above
 at most plain truncation's, and plain truncation has the least error of the weight.
 """
 
+import math
+from numbers import Real
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -43,6 +46,12 @@ def output_spectrum(
 ) -> Float[Tensor, " p"]:
     """S alone of :func:`output_directions`, in a fraction of the time. Σ_{i>k}S_i² is the error left by rank k."""
     return torch.linalg.svdvals(_rooted(W, C, damping))
+
+
+def require_damping(damping: float) -> None:
+    """Refuse a ridge that would leave no second moment."""
+    if not isinstance(damping, Real) or isinstance(damping, bool) or not 0 <= damping < math.inf:
+        raise ValueError(f"damping must be a number of at least 0, got {damping!r}; leave it out for {DAMPING:g}")
 
 
 def balanced_factors(

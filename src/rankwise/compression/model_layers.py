@@ -5,7 +5,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -143,6 +143,8 @@ def layers_of(model: nn.Module, include: Names | None = None, exclude: Names | N
         raise ValueError(
             "the model is quantized, and quantized weights cannot be factorized; load it without quantization"
         )
+    if include is not None and not include:
+        raise ValueError(f"include={include!r} names no layer; leave it out for all of them")
     heads = _heads(model)
     holders = _holders(model)
     layers: list[MatrixLayer] = []
@@ -151,9 +153,9 @@ def layers_of(model: nn.Module, include: Names | None = None, exclude: Names | N
         kind, reason = _kind_of(module, places)
         if kind is None and reason is None:
             continue
-        if include is not None and not _named(places, include):
+        if include is not None and not is_named(places, include):
             continue
-        if exclude is not None and _named(places, exclude):
+        if exclude is not None and is_named(places, exclude):
             skipped[places[0]] = "named in exclude"
             continue
         reason = reason or _shared(module, holders)
@@ -169,6 +171,15 @@ def layers_of(model: nn.Module, include: Names | None = None, exclude: Names | N
         why = "; ".join(f"{name}: {reason}" for name, reason in list(skipped.items())[:3])
         raise ValueError(f"no layer of this model can be factorized ({why or 'it has no linear layer or convolution'})")
     return FoundLayers(layers, skipped)
+
+
+def require_values(layers: Iterable[MatrixLayer]) -> None:
+    """Refuse weights that have a shape and no values."""
+    empty = next((layer.name for layer in layers if layer.module.weight.is_meta), None)
+    if empty is not None:
+        raise ValueError(
+            f"the weight of {empty} is on the meta device, where it has no values; load the whole model into memory first"
+        )
 
 
 def replace_layer(model: nn.Module, places: Iterable[str], layer: nn.Module) -> None:
@@ -196,6 +207,8 @@ def _kind_of(module: nn.Module, places: tuple[str, ...]) -> tuple[type[MatrixLay
         return None, "low-rank already"
     if "base_layer" in places[0].split("."):
         return None, "it carries an adapter; merge or unload that first"
+    if isinstance(module, (nn.Linear, _ConvNd, *conv1d_types())) and torch.is_complex(cast(Tensor, module.weight)):
+        return None, "its weight is complex"
     if isinstance(module, nn.Linear):
         if _is_quantized(module):
             raise ValueError(
@@ -253,7 +266,12 @@ def _heads(model: nn.Module) -> set[nn.Module]:
     return heads
 
 
-def _named(places: Iterable[str], pattern: Names) -> bool:
+def is_named(places: Iterable[str], pattern: Names) -> bool:
+    """Whether a pattern picks one of these places.
+
+    Raises:
+        ValueError: a text that is no regular expression.
+    """
     try:
         return any(is_called(place, pattern) for place in places)
     except re.error as error:
@@ -268,11 +286,11 @@ def _check_names(
         return
     for pattern in [names] if isinstance(names, str) else [[name] for name in names]:
         if layers is None:
-            picked = any(_named((name,), pattern) for name, _ in model.named_modules(remove_duplicate=False) if name)
+            picked = any(is_named((name,), pattern) for name, _ in model.named_modules(remove_duplicate=False) if name)
         else:
-            picked = any(_named(layer.places, pattern) for layer in layers)
+            picked = any(is_named(layer.places, pattern) for layer in layers)
         if not picked:
-            reasons = [f"{name} is left alone: {why}" for name, why in skipped.items() if _named((name,), pattern)]
+            reasons = [f"{name} is left alone: {why}" for name, why in skipped.items() if is_named((name,), pattern)]
             said = "; ".join(reasons[:2]) or (
                 "a text is a regular expression for a whole name, a list holds names or their ends"
             )

@@ -1,6 +1,7 @@
 """From the spectra of all layers to a rank for each."""
 
 from collections.abc import Callable, Sequence
+from numbers import Real
 from typing import NamedTuple
 
 import torch
@@ -64,6 +65,21 @@ def uniform_ranks(spectra: Sequence[Spectrum], target: float) -> list[int]:
     return ranks
 
 
+def uniform_ranks_from_one(spectra: Sequence[Spectrum], target: float) -> list[int]:
+    """:func:`uniform_ranks`, also where some layer's share is below rank 1: it keeps rank 1, and the others one share less.
+
+    Raises:
+        ValueError: a target outside (0, 1], or below what rank 1 everywhere keeps.
+    """
+    require_share(target)
+    shapes = [spectrum.shape for spectrum in spectra]
+    if all(int(target * m * n / (m + n)) for m, n in shapes):
+        return uniform_ranks(spectra, target)
+    # a direction's value is the share of its layer at which it comes in: the highest first is the same share for all
+    shares = [-(m + n) / (m * n) * torch.arange(1.0, min(m, n) + 1) for m, n in shapes]
+    return best_by_value(shares, shapes, target)
+
+
 def ranks_for_energy(spectra: Sequence[Spectrum], energy: float) -> list[int]:
     """The smallest ranks that hold this share of every layer's Σσ²; at least 1.
 
@@ -125,5 +141,5 @@ def best_by_value(values: Sequence[Tensor], shapes: Sequence[tuple[int, int]], t
 
 def require_share(target: float) -> None:
     """Refuse what is no share to keep."""
-    if not 0 < target <= 1:
+    if not isinstance(target, Real) or isinstance(target, bool) or not 0 < target <= 1:
         raise ValueError(f"target is the share of the layers' weights to keep and must lie in (0, 1], got {target!r}")

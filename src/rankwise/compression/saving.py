@@ -22,6 +22,7 @@ from rankwise.compression.model_layers import (
     LinearMatrix,
     MatrixLayer,
     TransposedMatrix,
+    replace_layer,
 )
 from rankwise.files import replacing_folder, save_tensors, write_json
 from rankwise.model_structure import conv1d_types
@@ -71,7 +72,8 @@ def save_factorized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         folder: to create.
 
     Raises:
-        ValueError: the folder exists and is not empty; the model has no low-rank layer.
+        ValueError: the folder exists and is not empty, or cannot be made; the model has no low-rank layer; it holds an adapter,
+            of which ``save_pretrained`` would write nothing else.
 
     Example:
         >>> import tempfile
@@ -92,12 +94,20 @@ def save_factorized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         )
     record_layers(model)
     save: Any = getattr(model, "save_pretrained", None)
-    with replacing_folder(Path(folder)) as temporary:
-        if save is not None:
-            save(temporary)
-        else:
-            save_tensors(_own_tensors(model), temporary / _WEIGHTS, kind="factorized-model")
-            write_json(temporary / _OWN_CONFIG, description)
+    try:
+        with replacing_folder(Path(folder)) as temporary:
+            if save is not None:
+                save(temporary)
+                if not ((temporary / _CONFIG).is_file() and any(temporary.glob("model*.safetensors"))):
+                    raise ValueError(
+                        f"save_pretrained of {type(model).__name__} wrote no {_CONFIG} with a model's safetensors; if it holds "
+                        "an adapter, merge that first (merge_and_unload of peft)"
+                    )
+            else:
+                save_tensors(_own_tensors(model), temporary / _WEIGHTS, kind="factorized-model")
+                write_json(temporary / _OWN_CONFIG, description)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise ValueError(f"cannot make the folder {folder}: {error.strerror}; choose another") from None
 
 
 def load_factorized(folder: str | os.PathLike[str], model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -114,7 +124,7 @@ def load_factorized(folder: str | os.PathLike[str], model: nn.Module | None = No
 
     Raises:
         ValueError: missing, damaged or foreign files; tensors that are missing, left over or of other shapes; a model that
-            does not fit; a file of a newer rankwise.
+            does not fit, which is left as it was; a file of a newer rankwise; an option that transformers does not know.
 
     Example:
         See :func:`save_factorized`.
@@ -170,20 +180,12 @@ def put_layers(model: nn.Module, description: Description) -> None:
         share_right(layer, owner)
 
 
-def _shared(layers: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    return [(name, entry["right_of"]) for name, entry in layers.items() if "right_of" in entry]
+def described_layers(found: Any, file: Path) -> Description:
+    """What the "rankwise" of a config.json, or factorization.json, says of the layers, if it is of the form written here.
 
-
-def _matrix_kind(module: nn.Module) -> type[MatrixLayer] | None:
-    if type(module) is nn.Linear:
-        return LinearMatrix
-    if isinstance(module, conv1d_types()):
-        return TransposedMatrix
-    return ConvolutionMatrix if type(module) is nn.Conv2d else None
-
-
-def _checked(found: Any, file: Path) -> Description:
-    """What a file says of the layers, if it is of the form that is written here."""
+    Raises:
+        ValueError: it is of another form, or of a newer rankwise.
+    """
     if not isinstance(found, dict) or "low_rank_layers" not in found:
         raise ValueError(
             f"{file} lists no low-rank layers: the model in it is a dense one, or was not saved by rankwise"
@@ -196,7 +198,7 @@ def _checked(found: Any, file: Path) -> Description:
     layers = found["low_rank_layers"]
     fits = isinstance(layers, dict) and all(isinstance(entry, dict) for entry in layers.values())
     fits = fits and all(
-        isinstance(entry.get("rank"), int) and ("right_of" not in entry or _owns(layers.get(entry["right_of"])))
+        isinstance(entry.get("rank"), int) and ("right_of" not in entry or _owns(layers, entry["right_of"]))
         for entry in layers.values()
     )
     if not fits:
@@ -206,9 +208,63 @@ def _checked(found: Any, file: Path) -> Description:
     return found
 
 
-def _owns(entry: Mapping[str, Any] | None) -> bool:
-    """Whether a layer has a ``right`` of its own that others may share."""
-    return entry is not None and "right_of" not in entry
+def model_class(architectures: Any) -> Any:
+    """The class of transformers that a config names first under "architectures"; None if it names no such class."""
+    import transformers
+
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    found = getattr(transformers, name, None) if isinstance(name, str) else None
+    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
+
+
+def reason_of(error: Exception) -> str:
+    """What an error of transformers says first, which is where it says it; a heading with the line below it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
+
+
+def require_all_tensors(source: str | os.PathLike[str], report: Mapping[str, Any], *, left_over: bool) -> None:
+    """Refuse what ``from_pretrained`` would fill in at random, by its ``output_loading_info``.
+
+    Args:
+        source: what the model was loaded from, for the message.
+        report: with ``ignore_mismatched_sizes``, or else it would have raised a text of its own.
+        left_over: whether tensors that the model has no place for are refused too.
+
+    Raises:
+        ValueError: tensors that are missing, of other shapes, or left over.
+    """
+    _require_none(source, "lack", report.get("missing_keys"))
+    if left_over:
+        _require_none(source, "have, unlike the model,", report.get("unexpected_keys"))
+    other = [(name, tuple(found), tuple(wanted)) for name, found, wanted in report.get("mismatched_keys") or ()]
+    _require_none(source, "have in another shape", [f"{name} ({a} instead of {b})" for name, a, b in other])
+
+
+def _require_none(source: str | os.PathLike[str], what: str, names: Iterable[str] | None) -> None:
+    found = sorted(names or ())
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"the tensors in {source} {what} {', '.join(found[:3])}{more}; the files do not belong together, or one is damaged"
+        )
+
+
+def _shared(layers: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
+    return [(name, entry["right_of"]) for name, entry in layers.items() if "right_of" in entry]
+
+
+def _matrix_kind(module: nn.Module) -> type[MatrixLayer] | None:
+    if type(module) is nn.Linear:
+        return LinearMatrix
+    if isinstance(module, conv1d_types()):
+        return TransposedMatrix
+    return ConvolutionMatrix if type(module) is nn.Conv2d else None
+
+
+def _owns(layers: Mapping[str, Mapping[str, Any]], name: Any) -> bool:
+    """Whether there is such a layer, with a ``right`` of its own that others may share."""
+    return isinstance(name, str) and name in layers and "right_of" not in layers[name]
 
 
 def _read_json(file: Path) -> Any:
@@ -225,7 +281,7 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def _load_own(path: Path, model: nn.Module | None) -> nn.Module:
-    description = _checked(_read_json(path / _OWN_CONFIG), path / _OWN_CONFIG)
+    description = described_layers(_read_json(path / _OWN_CONFIG), path / _OWN_CONFIG)
     if model is None:
         raise ValueError(
             f"{path} holds a model that is not from transformers; pass a dense one of its architecture as model"
@@ -238,9 +294,16 @@ def _load_own(path: Path, model: nn.Module | None) -> nn.Module:
         raise ValueError(
             f"{file} is not a readable safetensors file ({error}); it may be cut short: copy or save it again"
         ) from None
-    put_layers(model, description)
-    wanted = _own_tensors(model)
-    _require_same_tensors(path, {n: t.shape for n, t in wanted.items()}, {n: t.shape for n, t in tensors.items()})
+    layers = description["low_rank_layers"]
+    before = {name: module for name, module in model.named_modules(remove_duplicate=False) if name in layers}
+    try:
+        put_layers(model, description)
+        wanted = _own_tensors(model)
+        _require_same_tensors(path, {n: t.shape for n, t in wanted.items()}, {n: t.shape for n, t in tensors.items()})
+    except Exception:
+        for name, module in before.items():  # it is somebody's model, trained perhaps
+            replace_layer(model, [name], module)
+        raise
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(tensors[name])
@@ -248,26 +311,23 @@ def _load_own(path: Path, model: nn.Module | None) -> nn.Module:
 
 
 def _require_same_tensors(path: Path, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    missing, left_over = sorted(wanted.keys() - found.keys()), sorted(found.keys() - wanted.keys())
-    other = sorted(name for name in wanted.keys() & found.keys() if wanted[name] != found[name])
-    for names, what in ((missing, "lack"), (left_over, "have, unlike the model,"), (other, "have in another shape")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(
-                f"the tensors in {path} {what} {', '.join(names[:3])}{more}; the files do not belong together"
-            )
+    both = wanted.keys() & found.keys()
+    report = {
+        "missing_keys": wanted.keys() - found.keys(),
+        "unexpected_keys": found.keys() - wanted.keys(),
+        "mismatched_keys": [(name, found[name], wanted[name]) for name in both if wanted[name] != found[name]],
+    }
+    require_all_tensors(path, report, left_over=True)
 
 
 def _load_pretrained(path: Path, options: dict[str, Any]) -> nn.Module:
-    import transformers
-
     config_file = path / _CONFIG
     saved = _read_json(config_file)
-    description = _checked(saved.get(_KEY) if isinstance(saved, dict) else None, config_file)
-    architecture = str((saved.get("architectures") or [""])[0])
-    base: Any = getattr(transformers, architecture, None)
-    if not (isinstance(base, type) and issubclass(base, transformers.PreTrainedModel)):
-        raise ValueError(f"{config_file} names the architecture {architecture!r}, which transformers does not have")
+    description = described_layers(saved.get(_KEY) if isinstance(saved, dict) else None, config_file)
+    named = saved.get("architectures")
+    base: Any = model_class(named)
+    if base is None:
+        raise ValueError(f"{config_file} names the architectures {named!r}, of which transformers has no model")
 
     def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         super(built, self).__init__(config, *args, **kwargs)
@@ -282,18 +342,17 @@ def _load_pretrained(path: Path, options: dict[str, Any]) -> nn.Module:
     built: Any = type(base.__name__, (base,), {"__init__": __init__, "__module__": base.__module__})
     try:
         model, report = built.from_pretrained(
-            path, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **options
+            path,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # and refused below, by name
+            **options,
         )
-    except (OSError, SafetensorError, RuntimeError) as error:
-        first = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(f"cannot load the model in {path}: {first}") from None
-    for key, what in (
-        ("missing_keys", "lack"),
-        ("unexpected_keys", "have, unlike the model,"),
-        ("mismatched_keys", "have in another shape"),
-    ):
-        names = sorted(str(name) for name in report.get(key) or ())
-        if names:
-            raise ValueError(f"the tensors in {path} {what} {', '.join(names[:3])}; the files do not belong together")
+    except (ValueError, MemoryError):  # of put_layers, in its own words
+        raise
+    except Exception as error:  # a config may hold anything, and whatever reads it may stumble over it anyhow
+        raise ValueError(f"cannot load the model in {path}: {reason_of(error)}") from None
+    require_all_tensors(path, report, left_over=True)
     model.__class__ = base
     return model.eval()

@@ -112,6 +112,39 @@ def read_table(
     return Table(rows, columns, source, revision, int(missing.sum()))
 
 
+def read_texts(
+    source: str, *, text: str | None = None, text_pair: str | None = None, label: str | None = None
+) -> list[str]:
+    """Every text of the text columns of a CSV, TSV, JSONL or Parquet file, row by row; no labels are needed.
+
+    Args:
+        source: path.
+        text, text_pair: column names; guessed from the usual names and the content unless given.
+        label: a column that is no text.
+
+    Raises:
+        UserError: missing, empty or unreadable file, wrong encoding, missing columns, no texts.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> _ = (folder / "d.csv").write_text("sentence,source\\ngood,a\\nbad,b\\n", encoding="utf-8")
+        >>> from rankwise.finetuning.data import read_texts
+        >>> read_texts(str(folder / "d.csv"))
+        ['good', 'bad']
+    """
+    frame, _ = _read_file(Path(source))
+    frame.columns = [str(name) for name in frame.columns]
+    _require_columns(frame, source, text, text_pair, label)
+    label = label or next((n for n in frame.columns if n.lower() in _LABEL_NAMES and n not in (text, text_pair)), None)
+    columns = _guess_columns(frame, source, text, text_pair, label or "no label")
+    used = [name for name in (columns.text, columns.text_pair) if name is not None]
+    texts = [cell for row in frame[used].to_numpy().tolist() for cell in row if isinstance(cell, str) and cell.strip()]
+    if not texts or image_column(frame, columns.text) is not None:
+        raise UserError(f"{source} holds no texts (column {columns.text!r}); name the text column with --text")
+    return texts
+
+
 def numeric_labels(rows: Sequence[dict[str, Any]], source: str, column: str) -> "np.ndarray[Any, np.dtype[np.float64]]":
     """The labels as finite float64, or an error naming the first that is no number."""
     values = np.empty(len(rows))

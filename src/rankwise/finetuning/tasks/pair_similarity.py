@@ -51,7 +51,7 @@ class PairSimilarity(Task):
     def load_model(self, source: str, revision: str | None) -> nn.Module:
         from transformers import AutoModel
 
-        self.pooling = _pooling_of(source)
+        self.pooling = pooling_of(source)
         return AutoModel.from_pretrained(source, revision=revision, use_safetensors=True, dtype=torch.float32)
 
     def modules_left_out(self, model: nn.Module) -> list[str]:
@@ -86,7 +86,8 @@ class PairSimilarity(Task):
         return correlations(predictions, targets)
 
 
-def _pooling_of(source: str) -> str:
+def pooling_of(source: str) -> str:
+    """How a sentence-transformers folder pools its tokens: "cls", or "mean" as all others do."""
     file = Path(source) / "1_Pooling" / "config.json"
     if file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("pooling_mode_cls_token"):
         return "cls"

@@ -1,0 +1,247 @@
+"""Can a small language model be trained from scratch with a small optimizer state, and what does it cost in loss?
+
+The overview (§3.2.1, §3.3) quotes GaLore and ReLoRA at 60 million to 7 billion parameters; here every method trains 4 million
+on equal tokens of two texts, its learning rate tuned alike.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from reproduction.beyond.pretraining.training import Run, measured_run
+from reproduction.record import write_json
+from reproduction.style import BLUE, GREEN, GREY, ORANGE, PURPLE, figure_style
+
+TITLE = "pretraining a small Llama: AdamW, GaLore, AdaRankGrad, ReLoRA and LoRA at equal tokens"
+# "paper" is the most that the study allows itself; GaLore's and ReLoRA's own sizes begin at 60 million parameters
+_PAPER: dict[str, Any] = {
+    "corpora": ["wikitext2", "tinyshakespeare"],
+    "vocabulary": 2048,
+    "width": 256,
+    "inner_width": 688,
+    "layers": 4,
+    "heads": 4,
+    "length": 128,
+    "rows": 32,
+    "tokens": 2_000_000,
+    "seeds": 5,
+    "looks": 10,
+    "looked_at_rows": 128,
+    "max_norm": 1.0,
+    # a quarter of the width, as GaLore and ReLoRA do it at 60 million; the most that AdaRankGrad may take
+    "rank": 64,
+    "lower_rank": 16,
+    "lower_ranks_of": ["galore", "adarankgrad", "lora", "relora_warm"],
+    "scale": 0.25,
+    "refresh_every": 50,
+    "energy": 0.9,
+    "cycles": 4,
+    # tuned on the first corpus's own part, at that many tokens, with a seed of its own
+    "tuning_tokens": 2_000_000,
+    "rates": {
+        "adamw": [1e-3, 2e-3, 4e-3, 8e-3],
+        "galore": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
+        "adarankgrad": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
+        "lora": [2e-3, 4e-3, 8e-3, 1.6e-2],
+        "relora": [2e-3, 4e-3, 8e-3, 1.6e-2],
+        "relora_warm": [1e-3, 2e-3, 4e-3, 8e-3],
+    },
+    "processes": 2,
+}
+_DESK: dict[str, Any] = {**_PAPER, "tokens": 1_000_000, "tuning_tokens": 500_000, "seeds": 3}
+_SMALL: dict[str, Any] = {
+    **_DESK,
+    "corpora": ["tinyshakespeare"],
+    "vocabulary": 512,
+    "width": 32,
+    "inner_width": 80,
+    "layers": 1,
+    "heads": 2,
+    "length": 32,
+    "rows": 8,
+    "tokens": 256 * 32,
+    "tuning_tokens": 256 * 8,
+    "seeds": 1,
+    "looks": 2,
+    "looked_at_rows": 32,
+    "rank": 8,
+    "lower_rank": 4,
+    "lower_ranks_of": ["galore"],
+    "refresh_every": 10,
+    "rates": {
+        method: [1e-2, 3e-2] if method in ("galore", "adarankgrad") else [3e-3, 1e-2] for method in _PAPER["rates"]
+    },
+    "processes": 0,
+}
+SCALES = {"paper": _PAPER, "desk": _DESK, "small": _SMALL}
+COMMITTED = "desk"
+NEEDS_DATA = True  # a folder named by RANKWISE_DATA
+
+_FINISHED = Path("runs") / "reproduction" / "beyond" / "pretraining" / "finished"
+_TUNING_SEED = 10_000
+# settings that say which runs there are, not what one of them does; what of them concerns a run stands in it
+_ELSEWHERE = {
+    "corpora",
+    "tokens",
+    "tuning_tokens",
+    "seeds",
+    "rates",
+    "processes",
+    "rank",
+    "lower_rank",
+    "lower_ranks_of",
+}
+
+
+def measure(settings: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Rates first, then every method on every corpus with every seed. What was interrupted goes on where it was."""
+    rates, tuning = _tuned(settings, seed)
+    cells = {
+        (corpus, method, rank, trial): Run(
+            corpus, method, rank, rates[method], 1000 * seed + trial, settings["tokens"], "held_out"
+        )
+        for corpus in settings["corpora"]
+        for method, rank in _entries(settings, corpus)
+        for trial in range(settings["seeds"])
+    }
+    done = dict(zip(cells, _all_of(list(cells.values()), settings), strict=True))
+    results: dict[str, Any] = {"rates": rates}
+    curves: dict[str, Any] = {"tuning": tuning}
+    for corpus in settings["corpora"]:
+        results[corpus], curves[corpus] = {}, {}
+        for method, rank in _entries(settings, corpus):
+            runs = [done[corpus, method, rank, trial] for trial in range(settings["seeds"])]
+            full = [done[corpus, "adamw", settings["rank"], trial] for trial in range(settings["seeds"])]
+            name = _name(method, rank, settings)
+            results[corpus][name] = _summary(runs, full)
+            curves[corpus][name] = {"tokens": runs[0]["tokens"], "losses": [run["losses"] for run in runs]}
+    return {"results": results, "curves": curves}
+
+
+def _entries(settings: dict[str, Any], corpus: str) -> Iterator[tuple[str, int]]:
+    """(method, rank): all at the rank, and on the first corpus some at the lower one."""
+    yield from ((method, settings["rank"]) for method in settings["rates"])
+    if corpus == settings["corpora"][0]:
+        yield from ((method, settings["lower_rank"]) for method in settings["lower_ranks_of"])
+
+
+def _name(method: str, rank: int, settings: dict[str, Any]) -> str:
+    return method if rank == settings["rank"] else f"{method}_rank_{rank}"
+
+
+def _summary(runs: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str, Any]:
+    """The losses at the end and what they are above AdamW's from the same start on the same batches."""
+    ends = np.array([run["losses"][-1] for run in runs])
+    above = ends - np.array([run["losses"][-1] for run in full])
+    return {
+        "loss": float(ends.mean()),
+        "loss_range": {"low": float(ends.min()), "high": float(ends.max())},
+        "above_adamw": float(above.mean()),
+        "above_adamw_range": {"low": float(above.min()), "high": float(above.max())},
+        # from the same start and over the same batches nothing but the rank of AdaRankGrad could differ, and it may
+        "state_bytes": max(run["state_bytes"] for run in runs),
+        "trainable": runs[0]["trainable"],
+    }
+
+
+def _tuned(settings: dict[str, Any], seed: int) -> tuple[dict[str, float], dict[str, Any]]:
+    """The best rate of each method by its loss on the part of the first corpus that is for tuning, and all losses."""
+    trials = [
+        Run(
+            settings["corpora"][0], method, settings["rank"], rate, _TUNING_SEED + seed,
+            settings["tuning_tokens"], "tuning",
+        )
+        for method, rates in settings["rates"].items()
+        for rate in rates
+    ]  # fmt: skip
+    losses: dict[str, dict[float, float]] = {}
+    for trial, done in zip(trials, _all_of(trials, settings), strict=True):
+        losses.setdefault(trial.method, {})[trial.rate] = done["losses"][-1]
+    best = {method: min(tried, key=lambda rate, tried=tried: tried[rate]) for method, tried in losses.items()}
+    print("best rates:", best, flush=True)
+    return best, {method: {str(rate): loss for rate, loss in tried.items()} for method, tried in losses.items()}
+
+
+# -- runs side by side, each kept as soon as it is done ----------------------------------------------------------
+
+
+def _all_of(runs: Sequence[Run], settings: dict[str, Any]) -> list[dict[str, Any]]:
+    if not settings["processes"]:
+        return [measured_run(run, settings) for run in runs]
+    _FINISHED.mkdir(parents=True, exist_ok=True)
+    files = {run: _FINISHED / f"{_digest(run, settings)}.json" for run in runs}
+    with ProcessPoolExecutor(settings["processes"], mp_context=get_context("spawn")) as pool:
+        running = {pool.submit(measured_run, run, settings): run for run in runs if not files[run].is_file()}
+        for future in as_completed(running):
+            run, done = running[future], future.result()
+            write_json(files[run], {"run": run._asdict(), **done})
+            print(f"{run}: {done['losses'][-1]:.4f} in {done['seconds']:.0f} s", flush=True)
+    return [json.loads(files[run].read_text(encoding="utf-8")) for run in runs]
+
+
+def _digest(run: Run, settings: dict[str, Any]) -> str:
+    """Of everything that a run's numbers depend on."""
+    relevant = {name: value for name, value in settings.items() if name not in _ELSEWHERE}
+    return hashlib.sha256(json.dumps([run, relevant], sort_keys=True).encode()).hexdigest()[:20]
+
+
+# -- the picture -------------------------------------------------------------------------------------------------
+
+_LOOKS = {
+    "adamw": (GREY, "AdamW"),
+    "galore": (BLUE, "GaLore"),
+    "adarankgrad": (GREEN, "AdaRankGrad"),
+    "relora_warm": (PURPLE, "ReLoRA after a warm start"),
+    "relora": (ORANGE, "ReLoRA"),
+    "lora": ("#111111", "LoRA"),
+}
+_CORPORA = {"wikitext2": "WikiText-2", "tinyshakespeare": "tiny Shakespeare"}
+
+
+def draw(record: dict[str, Any]) -> Figure:
+    """Loss against tokens for each corpus, and against the optimizer's bytes for the first."""
+    settings, curves, results = record["settings"], record["curves"], record["results"]
+    corpora = settings["corpora"]
+    with figure_style():
+        figure = Figure(figsize=(4.4 * (len(corpora) + 1), 3.9))
+        panels = figure.subplots(1, len(corpora) + 1)
+        for axes, corpus in zip(panels, corpora, strict=False):
+            _against_tokens(axes, curves[corpus], settings)
+            axes.set_title(f"{_CORPORA[corpus]}: loss against tokens")
+        panels[0].legend()
+        _against_bytes(panels[-1], results[corpora[0]], settings)
+        panels[-1].set_title(f"{_CORPORA[corpora[0]]}: loss against optimizer state")
+        return figure
+
+
+def _against_tokens(axes: Axes, curves: dict[str, Any], settings: dict[str, Any]) -> None:
+    for method, (colour, label) in _LOOKS.items():
+        losses = np.array(curves[method]["losses"])[:, 1:]  # the start is the same for all, and far above
+        tokens = np.array(curves[method]["tokens"][1:]) / 1e6
+        axes.plot(tokens, losses.mean(axis=0), color=colour, label=label)
+        axes.fill_between(tokens, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
+    axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
+
+
+def _against_bytes(axes: Axes, results: dict[str, Any], settings: dict[str, Any]) -> None:
+    for method, (colour, label) in _LOOKS.items():
+        lower = f"{method}_rank_{settings['lower_rank']}"
+        points = [results[name] for name in (method, lower) if name in results]
+        sizes = [point["state_bytes"] / 1e6 for point in points]
+        axes.plot(sizes, [point["loss"] for point in points], "--", color=colour, linewidth=1)
+        for size, point, fill in zip(sizes, points, ("full", "none"), strict=False):
+            axes.plot(size, point["loss"], "o", color=colour, markersize=6, fillstyle=fill)
+            spread = point["loss_range"]
+            axes.plot([size, size], [spread["low"], spread["high"]], color=colour, linewidth=1.2)
+        axes.annotate(label, (sizes[0], points[0]["loss"]), xytext=(5, 5), textcoords="offset points", color=colour)
+    ranks = f"r = {settings['rank']}, open: {settings['lower_rank']}"
+    axes.set(xlabel=f"MB of optimizer state ({ranks})", ylabel="held-out loss")
+    axes.margins(x=0.25)
