@@ -1,5 +1,6 @@
 """The base rules at full size against torch's own optimizers and the formulas; their moments carried between subspaces."""
 
+import math
 from typing import Any
 
 import pytest
@@ -174,10 +175,18 @@ def test_rotating_keeps_what_the_moments_say_of_the_whole_matrix() -> None:
     ("optimizer", "settings", "message"),
     [
         (GaLoreAdamW, {"betas": (1.0, 0.9)}, r"\[0, 1\)"),
+        (GaLoreAdamW, {"betas": (0.9,)}, "a pair of numbers"),
+        (GaLoreAdamW, {"betas": 0.9}, "a pair of numbers"),
+        (GaLoreAdamW, {"betas": (0.9, math.nan)}, "a pair of numbers"),
+        (GaLoreAdamW, {"eps": math.nan}, "eps cannot be negative"),
         (GaLoreAdamW, {"eps": -1.0}, "eps cannot be negative"),
         (GaLoreAdamW, {"lr": -1.0}, "maximize=True"),
         (GaLoreAdamW, {"weight_decay": -1.0}, "cannot be negative"),
         (GaLoreSGD, {"momentum": 1.0}, r"\[0, 1\)"),
+        (GaLoreSGD, {"momentum": math.nan}, r"\[0, 1\)"),
+        (GaLoreAdafactor, {"beta2_decay": math.nan}, "exponent"),
+        (GaLoreAdafactor, {"clip_threshold": math.nan}, "positive"),
+        (GaLoreAdafactor, {"eps": math.inf}, "eps cannot be negative"),
         (GaLoreSGD, {"nesterov": True}, "momentum above 0"),
         (GaLoreAdafactor, {"beta2_decay": 0.5}, "exponent"),
         (GaLoreAdafactor, {"clip_threshold": 0.0}, "positive"),
@@ -187,3 +196,46 @@ def test_rotating_keeps_what_the_moments_say_of_the_whole_matrix() -> None:
 def test_settings_out_of_range_are_refused(optimizer: Any, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         optimizer([nn.Parameter(torch.zeros(4, 4))], rank=2, **settings)
+
+
+@pytest.mark.parametrize("optimizer", [GaLoreAdamW, GaLoreAdafactor])
+@pytest.mark.parametrize("shape", [(4, 6), (4,)])
+def test_without_eps_an_entry_of_which_nothing_was_seen_stays(optimizer: Any, shape: tuple[int, ...]) -> None:
+    """0/0 is 0: at a gradient of zeros, and where rows and columns of one are zero."""
+    W, other = nn.Parameter(torch.ones(shape)), nn.Parameter(torch.ones(4, 4))
+    made = optimizer([W, other], rank=4, eps=0.0, lr=0.1, foreach=False)
+    W.grad = torch.zeros(shape)
+    made.step()
+    assert torch.equal(W, torch.ones(shape))
+    W.grad[0] = 1.0
+    made.step()
+    assert torch.isfinite(W).all()
+    assert bool((W[0] != 1).all())
+
+
+def test_adafactor_bears_a_row_of_zeros_beside_a_large_one() -> None:
+    """The quotient of their second moments, 1e-30/1e10, is 0 in float32."""
+    W = nn.Parameter(torch.zeros(3, 3))
+    other = nn.Parameter(torch.zeros(4, 4))
+    optimizer = GaLoreAdafactor([{"params": [W], "rank": None}, {"params": [other], "rank": 2}], lr=0.1)
+    W.grad = torch.diag(torch.tensor([1e5, 1e5, 0.0]))
+    optimizer.step()
+    assert torch.allclose(W, -0.1 * 2**0.5 * W.grad.sign())
+
+
+@pytest.mark.parametrize(("optimizer", "setting"), [(GaLoreSGD, {"momentum": 0.9}), (GaLoreAdafactor, {"beta1": 0.9})])
+@pytest.mark.parametrize("moments", ["keep", "rotate"])
+def test_a_momentum_that_is_asked_for_later_starts_then(
+    optimizer: Any, setting: dict[str, float], moments: str
+) -> None:
+    W, bias = nn.Parameter(torch.zeros(4, 6)), nn.Parameter(torch.zeros(6))
+    made = optimizer([W, bias], rank=2, refresh_every=2, moments=moments)
+    for number in range(4):
+        if number == 2:
+            made.param_groups[0].update(setting)
+        for parameter in (W, bias):
+            generator = torch.Generator().manual_seed(number)
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        made.step()
+    assert made.state[W]["momentum"].shape == (2, 6)
+    assert bool(made.state[bias]["momentum"].any())

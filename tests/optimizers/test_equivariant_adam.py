@@ -117,6 +117,8 @@ def test_bfloat16_keeps_its_second_moment_in_float32():
         ({"weight_decay": -1.0}, "cannot be negative"),
         ({"betas": (1.0, 0.9)}, r"\[0, 1\)"),
         ({"betas": (0.9, -0.1)}, r"\[0, 1\)"),
+        ({"betas": (0.9, 0.9, 0.9)}, "a pair of numbers"),
+        ({"eps": float("nan")}, "cannot be negative"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

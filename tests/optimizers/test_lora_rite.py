@@ -1,5 +1,6 @@
 """LoraRite: torch's citizen by the contract, its formula by another basis, its invariance by splitting the product anew."""
 
+import copy
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -23,7 +24,7 @@ class TestContractOfPairs(OptimizerContract):
         settings = {"lr": 0.05, "weight_decay": 0.01, **changes}
         params = list(params)
         if len(params) % 2:  # one alone has no partner
-            return LoraRite(params, **settings)
+            return outside_pairs(params, **settings)
         return LoraRite([{"pairs": list(zip(params[::2], params[1::2], strict=True))}], **settings)
 
     def test_it_descends(self) -> None:
@@ -45,7 +46,18 @@ class TestContractOfPairs(OptimizerContract):
 
 class TestContractOutsidePairs(OptimizerContract):
     def make_optimizer(self, params: Any, **changes: Any) -> LoraRite:
-        return LoraRite(params, **{"lr": 0.05, "weight_decay": 0.01, **changes})
+        return outside_pairs(params, **{"lr": 0.05, "weight_decay": 0.01, **changes})
+
+
+def outside_pairs(params: Any, **settings: Any) -> LoraRite:
+    """Over these alone; the pair without which there is no LoraRite is taken away again."""
+    optimizer = LoraRite([{"params": list(params)}, pair((1, 1), (1, 1))], **settings)
+    del optimizer.param_groups[1]
+    return optimizer
+
+
+def pair(*shapes: Iterable[int], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return {"pairs": [tuple(nn.Parameter(torch.zeros(*s, dtype=dtype), requires_grad=False) for s in shapes)]}
 
 
 def drawn(*shape: int, seed: int) -> Tensor:
@@ -314,7 +326,7 @@ def test_a_frozen_factor_stays_and_the_other_learns() -> None:
 def test_outside_pairs_it_is_adamw() -> None:
     ours, theirs = (nn.Parameter(drawn(5, 3, seed=1)) for _ in range(2))
     settings: dict[str, Any] = {"lr": 0.1, "betas": (0.8, 0.9), "eps": 1e-3, "weight_decay": 0.2}
-    mine, other = LoraRite([ours], **settings), torch.optim.AdamW([theirs], **settings)
+    mine, other = outside_pairs([ours], **settings), torch.optim.AdamW([theirs], **settings)
     for number in range(5):
         ours.grad = theirs.grad = drawn(5, 3, seed=number)
         mine.step()
@@ -351,16 +363,28 @@ def test_pairs_of_a_model_are_enough() -> None:
 # --- what is refused
 
 
-def pair(*shapes: Iterable[int]) -> dict[str, Any]:
-    return {"pairs": [tuple(nn.Parameter(torch.zeros(*shape)) for shape in shapes)]}
-
-
 @pytest.mark.parametrize(
     ("params", "settings", "message"),
     [
         ([pair((9, 3), (3, 7))], {}, r"A \(r, d_in\) and B \(d_out, r\), in this order; got A \(9, 3\) and B \(3, 7\)"),
         ([pair((3,), (7, 3))], {}, "a pair is A"),
+        ([pair((0, 7), (9, 0))], {}, "a pair is A"),
+        ([pair((3, 7), (9, 3), (3, 3))], {}, r"a LoraPair or a tuple \(A, B\) of two tensors, got a tuple of 3"),
+        ([{"pairs": [5]}], {}, "of two tensors, got int"),
+        ([{"pairs": [None]}], {}, "of two tensors, got NoneType"),
+        ([{"pairs": None}], {}, r'"pairs" is a list of \(A, B\), got NoneType'),
+        ([pair((3, 7), (9, 3), dtype=torch.complex64)], {}, "is torch.complex64; only floating-point"),
+        ([pair((3, 7), (9, 3), dtype=torch.int64)], {}, "is torch.int64; only floating-point"),
+        ([{"pairs": 2 * pair((3, 7), (9, 3))["pairs"]}], {}, "a pair twice"),
+        ([{**pair((3, 7), (9, 3)), "params": [nn.Parameter(torch.zeros(2))]}], {}, "not both"),
+        ([{"pairs": []}], {}, "no group has pairs"),
+        ([nn.Parameter(torch.zeros(2, 2))], {}, "no group has pairs"),
         ([{"params": [nn.Parameter(torch.zeros(2, 2))], "paired": True}], {}, 'leave "paired" out'),
+        ([{**pair((3, 7), (9, 3)), "lr": -1.0}], {}, "lr cannot be negative"),
+        ([{**pair((3, 7), (9, 3)), "betas": (2, 2)}], {}, r"\[0, 1\)"),
+        ([pair((3, 7), (9, 3))], {"weight_decay": torch.nan}, "weight_decay cannot be negative"),
+        ([pair((3, 7), (9, 3))], {"eps": torch.inf}, "eps cannot be negative"),
+        ([pair((3, 7), (9, 3))], {"betas": (0.9, 0.9, 0.9)}, "a pair of numbers"),
         ([pair((3, 7), (9, 3))], {"lr": -0.1}, "maximize=True"),
         ([pair((3, 7), (9, 3))], {"weight_decay": -0.1}, "cannot be negative"),
         ([pair((3, 7), (9, 3))], {"eps": -0.1}, "cannot be negative"),
@@ -372,15 +396,114 @@ def test_what_is_no_pair_and_settings_out_of_range_are_refused(params: Any, sett
         LoraRite(params, **settings)
 
 
-def test_gradients_that_are_not_finite_are_refused_before_anything_moves() -> None:
+def two_pairs_and_a_head(dtype: torch.dtype) -> tuple[list[nn.Parameter], LoraRite]:
+    """A, B, A, B and a head, with gradients."""
+    shapes = ((3, 7), (9, 3), (2, 5), (4, 2), (3, 3))
+    parameters = [nn.Parameter(drawn(*shape, seed=place).to(dtype)) for place, shape in enumerate(shapes)]
+    A, B, C, D, head = parameters
+    optimizer = LoraRite([{"pairs": [(A, B), (C, D)]}, {"params": [head]}])
+    for place, parameter in enumerate(parameters):
+        parameter.grad = drawn(*parameter.shape, seed=10 + place).to(dtype)
+    return parameters, optimizer
+
+
+@pytest.mark.parametrize("after", [0, 2])
+@pytest.mark.parametrize("poison", [torch.nan, -torch.inf, 1e20, 1e30])
+@pytest.mark.parametrize("at", range(5))
+def test_what_is_not_finite_or_overflows_leaves_its_pair_as_it_was(at: int, poison: float, after: int) -> None:
+    """Factors and state, bit for bit, and the others go on."""
+    parameters, optimizer = two_pairs_and_a_head(torch.float32)
+    for _ in range(after):
+        optimizer.step()
+    before = copy.deepcopy([(p.detach(), optimizer.state[p]) for p in parameters])
+    hit = [place for place in range(5) if place // 2 == at // 2]
+    grads = [p.grad.clone() for p in parameters if p.grad is not None]
+    grads[at].fill_(poison)
+    for parameter, gradient in zip(parameters, grads, strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    assert [torch.equal(p, start) for p, (start, _) in zip(parameters, before, strict=True)] == [
+        place in hit for place in range(5)
+    ]
+    assert optimizer.skipped_updates() == 1
+    for place in hit:
+        now = {name: value for name, value in optimizer.state[parameters[place]].items() if name != "skipped"}
+        assert now.keys() == before[place][1].keys()
+        for name, value in now.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(before[place][1][name])), name
+
+
+def test_a_pair_whose_weights_are_not_finite_is_counted_and_the_others_go_on() -> None:
+    parameters, optimizer = two_pairs_and_a_head(torch.float32)
+    parameters[1].data[0, 0] = torch.nan
+    start = [p.detach().clone() for p in parameters]
+    optimizer.step()
+    moved = [not torch.equal(p, before) for p, before in zip(parameters[2:], start[2:], strict=True)]
+    assert all(moved)
+    assert torch.equal(parameters[0], start[0])
+    assert optimizer.skipped_updates() == 1
+
+
+def test_a_sparse_gradient_is_refused_before_anything_moves() -> None:
+    parameters, optimizer = two_pairs_and_a_head(torch.float32)
+    start = [p.detach().clone() for p in parameters]
+    parameters[3].grad = torch.ones(4, 2).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse=False"):
+        optimizer.step()
+    assert all(torch.equal(p, before) for p, before in zip(parameters, start, strict=True))
+
+
+def of_other_shapes() -> dict[str, Any]:
+    optimizer = LoraRite(
+        [{"pairs": [(A := nn.Parameter(drawn(3, 8, seed=1)), B := nn.Parameter(drawn(9, 3, seed=2)))]}]
+    )
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    optimizer.step()
+    return optimizer.state_dict()
+
+
+def of_adamw() -> dict[str, Any]:
+    return torch.optim.AdamW([nn.Parameter(torch.zeros(3, 7)), nn.Parameter(torch.zeros(9, 3))]).state_dict()
+
+
+def without_a_basis() -> dict[str, Any]:
+    state = of_other_shapes()
+    del state["state"][0]["basis"]
+    return state
+
+
+def climbing_by_its_sign() -> dict[str, Any]:
+    state = of_other_shapes()
+    state["param_groups"][0]["lr"] = -1.0
+    return state
+
+
+def unpaired() -> dict[str, Any]:
+    state = of_other_shapes()
+    state["param_groups"][0]["paired"] = False
+    return state
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (of_adamw, "state of another optimizer than LoraRite"),
+        (of_other_shapes, r"saved momentum .* is \(8, 3\) instead of \(7, 3\)"),
+        (without_a_basis, "the saved"),
+        (climbing_by_its_sign, "lr cannot be negative"),
+        (unpaired, "have their pairs elsewhere"),
+    ],
+)
+def test_a_state_of_something_else_is_refused_and_changes_nothing(make: Callable[[], Any], message: str) -> None:
     A, B = nn.Parameter(drawn(3, 7, seed=1)), nn.Parameter(drawn(9, 3, seed=2))
     optimizer = LoraRite([{"pairs": [(A, B)]}])
-    start = A.detach().clone(), B.detach().clone()
-    A.grad, B.grad = torch.full_like(A, torch.nan), torch.ones_like(B)
-    with pytest.raises(ValueError, match=r"shape \(3, 7\) holds NaN or infinite"):
-        optimizer.step()
-    assert torch.equal(A, start[0])
-    assert torch.equal(B, start[1])
+    A.grad, B.grad = torch.ones_like(A), torch.ones_like(B)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(make())
+    assert str(optimizer.state_dict()) == str(before)
+    optimizer.step()
 
 
 def test_experts_in_one_pair_are_refused() -> None:
@@ -395,3 +518,6 @@ def test_a_head_needs_a_rate_of_its_own() -> None:
     model = get_peft_model(Mlp(), LoraConfig(r=2, target_modules=["lin0"], modules_to_save=["head"]))
     with pytest.raises(ValueError, match="with head_lr"):
         lorarite_param_groups(model, lr=0.02)
+    for rates in ({"lr": torch.nan}, {"lr": 0.02, "head_lr": torch.inf}):
+        with pytest.raises(ValueError, match="lr cannot be negative and must be a finite number"):
+            lorarite_param_groups(model, **rates)

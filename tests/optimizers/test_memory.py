@@ -362,6 +362,9 @@ def test_mistakes_are_explained() -> None:
         optimizer_memory(model, "adamw", momentum=0.9)
     with pytest.raises(ValueError, match="moments_in must be one of wide, parameter, 8-bit, got 'narrow'"):
         optimizer_memory(model, "galore", 4, moments_in="narrow")
+    for dtype in ("bf16", torch.int8):
+        with pytest.raises(ValueError, match="dtype must be a floating-point dtype"):
+            optimizer_memory(model, "adamw", dtype=dtype)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="side must be one of"):
         optimizer_memory(model, "galore", 4, side="top")
     from peft import LoraConfig, get_peft_model

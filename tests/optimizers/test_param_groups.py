@@ -212,6 +212,9 @@ def test_include_and_exclude_follow_pefts_rule() -> None:
         ({"include": ["embed_tokens"]}, "kind: embedding"),
         ({"include": ["lm_head", "norm"]}, "kind: norm or bias and output head"),
         ({"exclude": ["layers"]}, "leaves no hidden matrix"),
+        ({"include": 5}, "include must be a regular expression or a list of names, got 5"),
+        ({"exclude": [5]}, "exclude must be a regular expression or a list"),
+        ({"weight_decay": float("nan")}, "weight_decay cannot be negative and must be a finite number"),
     ],
 )
 def test_a_wrong_choice_is_explained(options: dict[str, Any], says: str | None) -> None:
@@ -221,6 +224,11 @@ def test_a_wrong_choice_is_explained(options: dict[str, Any], says: str | None) 
         return
     with pytest.raises(ValueError, match=says):
         model_param_groups(tiny_llama(), rank, **options)
+
+
+def test_what_is_no_model_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected a model, a torch\.nn\.Module, got list"):
+        model_param_groups([1], 8)  # type: ignore[arg-type]
 
 
 def test_a_model_with_nothing_to_train_or_to_project_is_refused() -> None:

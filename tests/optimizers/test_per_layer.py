@@ -298,6 +298,21 @@ def test_removed_it_is_the_ordinary_mode_again() -> None:
     assert len(optimizer.state) == 5
 
 
+def test_removed_it_may_be_removed_again_and_given_anew_but_not_twice_at_once() -> None:
+    _, optimizer = model_and(GaLoreAdamW, {})
+    updates = PerLayerUpdates(optimizer)
+    with pytest.raises(ValueError, match=r"already; remove\(\)"):
+        PerLayerUpdates(optimizer)
+    updates.remove()
+    updates.remove()
+    PerLayerUpdates(optimizer)
+
+
+def test_an_optimizer_that_projects_nothing_is_refused() -> None:
+    with pytest.raises(ValueError, match="for projected optimizers, GaLore's and AdaRankGrad, got AdamW"):
+        PerLayerUpdates(torch.optim.AdamW(Mlp().parameters()))  # type: ignore[arg-type]
+
+
 def test_a_gradient_scaler_is_refused() -> None:
     model, optimizer = model_and(GaLoreAdamW, {})
     PerLayerUpdates(optimizer)
@@ -312,7 +327,10 @@ def test_a_gradient_scaler_is_refused() -> None:
     ("settings", "message"),
     [
         ({"accumulate": 0}, "counts backward passes"),
+        ({"accumulate": 1.5}, "counts backward passes"),
+        ({"accumulate": float("nan")}, "counts backward passes"),
         ({"max_norm": 0.0}, "must be positive"),
+        ({"max_norm": float("nan")}, "must be positive"),
         ({"norm": "layer"}, '"parameter" or "global"'),
         ({"norm_of": "update"}, '"gradient" or "projected"'),
         ({"accumulate": 2, "max_norm": 1.0}, 'norm_of="projected"'),

@@ -449,6 +449,83 @@ def test_a_start_that_kills_both_factors_is_refused() -> None:
         ReLora(model, adamw(model), start=start).merge_and_restart()
 
 
+def shaped(*, A: Any = None, B: Any = None) -> Callable[[LoraPair, torch.Generator], Any]:
+    """LoRA's own start but for one factor of the second layer, so that the first would have been merged by then."""
+
+    def start(pair: LoraPair, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        drawn_A, drawn_B = kaiming_start(pair, generator)
+        if pair.name.endswith("lin1"):
+            return (drawn_A if A is None else A), (drawn_B if B is None else B)
+        return drawn_A, drawn_B
+
+    return start
+
+
+@pytest.mark.parametrize(
+    ("start", "message"),
+    [
+        (shaped(A=torch.ones(1, 1)), r"of shapes \(3, 24\) and \(24, 3\) for .*lin1, got \[\(1, 1\), \(24, 3\)\]"),
+        (shaped(B=torch.ones(7, 3)), "start must return A and B"),
+        (shaped(B=5), "got tuple"),
+        (lambda pair, generator: None, "got NoneType"),
+        (shaped(B=torch.full((24, 3), torch.nan)), "NaN or infinite"),
+        (shaped(A=torch.zeros(3, 24)), "both zero"),
+    ],
+)
+@pytest.mark.parametrize("pruning", [ResetState(), PruneRandomly(0.5)])
+def test_a_start_that_cannot_be_leaves_everything_as_it_was(start: Any, message: str, pruning: Any) -> None:
+    model = adapted()
+    optimizer = adamw(model)
+    descend(model, optimizer, 2)
+    relora = ReLora(model, optimizer, start=start, pruning=pruning)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict()["state"]))
+    with pytest.raises(ValueError, match=message):
+        relora.merge_and_restart()
+    assert str((model.state_dict(), optimizer.state_dict()["state"])) == str(before)
+    assert relora.restarts == 0
+
+
+def test_a_state_that_cannot_be_pruned_leaves_the_weights_unmerged() -> None:
+    model = adapted()
+    optimizer = LoraRite(lorarite_param_groups(model, lr=1e-2))
+    descend(model, optimizer, 2)
+    before = weights(model)
+    with pytest.raises(ValueError, match=r"use ResetState\(\)"):
+        ReLora(model, optimizer, pruning=PruneRandomly(0.5)).merge_and_restart()
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_random_prunings_draw_in_turn_with_the_starts() -> None:
+    """Which entries go is part of what a seed promises."""
+    model = adapted()
+    optimizer = adamw(model)
+    relora = ReLora(model, optimizer, pruning=PruneRandomly(0.5), seed=3)
+    descend(model, optimizer, 2)
+    relora.merge_and_restart()
+    generator = torch.Generator().manual_seed(3 * 1_000_003)
+    for pair in relora.pairs:
+        A, _ = kaiming_start(pair, generator)
+        assert torch.equal(pair.A, A.to(F64))
+        for factor in pair.factors:
+            gone = torch.randperm(factor.numel(), generator=generator)[: round(0.5 * factor.numel())]
+            assert not optimizer.state[factor]["exp_avg_sq"].flatten()[gone].any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"pruning": "reset"}, "pruning must be something to call"),
+        ({"start": None}, "start must be something to call"),
+        ({"seed": "a"}, "seed must be a whole number"),
+        ({"seed": 1.5}, "seed must be a whole number"),
+    ],
+)
+def test_settings_that_would_fail_at_the_first_restart_are_refused(settings: dict[str, Any], message: str) -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match=message):
+        ReLora(model, adamw(model), **settings)
+
+
 # --- going on from a checkpoint
 
 
@@ -494,15 +571,33 @@ def test_resuming_is_never_having_stopped() -> None:
             lambda state: state["base_weights"].update({next(iter(state["base_weights"])): torch.zeros(1)}),
             "another shape",
         ),
+        (lambda state: state.pop("restarts"), "has no restarts"),
+        (lambda state: state.update(restarts=1.5), "whole number from 0"),
+        (lambda state: state.update(seed=None), "seed must be a whole number"),
+        (lambda state: state.update(base_weights=None), "tensors by name"),
+        (
+            lambda state: state.update(base_weights={k: v * torch.nan for k, v in state["base_weights"].items()}),
+            "NaN or infinite",
+        ),
+        (lambda state: [state.pop(name) for name in list(state) if name != "format_version"], "has no base_weights"),
     ],
 )
 def test_the_state_of_another_model_is_refused(change: Callable[[dict[str, Any]], None], message: str) -> None:
     model = adapted()
     relora = ReLora(model, adamw(model))
-    state = relora.state_dict()
+    state = copy.deepcopy(relora.state_dict())
+    state["base_weights"] = {name: tensor + 1 for name, tensor in state["base_weights"].items()}
     change(state)
+    before = weights(model)
     with pytest.raises(ValueError, match=message):
         relora.load_state_dict(state)
+    assert all(torch.equal(value, before[name]) for name, value in weights(model).items())
+
+
+def test_what_is_no_state_is_refused() -> None:
+    model = adapted()
+    with pytest.raises(ValueError, match="format_version None, expected 1"):
+        ReLora(model, adamw(model)).load_state_dict(None)  # type: ignore[arg-type]
 
 
 # --- the schedule

@@ -9,6 +9,7 @@ from rankwise.optimizers.base_rules import AdamW
 from rankwise.optimizers.matricize import Geometry
 from rankwise.optimizers.projected import Plan, ProjectedOptimizer, ProjectionSettings
 from rankwise.optimizers.refresh import Subspace, subspace_by_energy
+from rankwise.optimizers.setting_checks import is_count, is_finite_number
 
 _SMOOTHING = 0.9  # of ‖R‖, which is a mini-batch's and noisy
 
@@ -88,10 +89,10 @@ class AdaRankGrad(ProjectedOptimizer):
     def check_settings(self, group: Mapping[str, Any]) -> None:
         super().check_settings(group)
         for name in ("energy", "converged"):
-            if not 0 < group[name] < 1:
-                raise ValueError(f"{name} is a share and must lie in (0, 1), got {group[name]}")
-        if group["refresh_every"] < 1:
-            raise ValueError(f"refresh_every counts updates from 1, got {group['refresh_every']}")
+            if not is_finite_number(group[name]) or not 0 < group[name] < 1:
+                raise ValueError(f"{name} is a share and must lie in (0, 1), got {group[name]!r}")
+        if not is_count(group["refresh_every"], 1):
+            raise ValueError(f"refresh_every counts updates from 1, got {group['refresh_every']!r}")
         if group["moments"] == "keep":
             raise ValueError('moments="keep" has no meaning where the rank changes; choose "rotate" or "reset"')
 

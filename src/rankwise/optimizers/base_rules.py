@@ -5,11 +5,14 @@ their shapes, and entry by entry the numbers are those of one parameter alone. M
 and changed in place. What it returns is subtracted, times the learning rate; weight decay is not its business.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from rankwise.optimizers.setting_checks import is_finite_number, require_betas, require_not_negative
 
 Moments = dict[str, Tensor]
 
@@ -72,10 +75,8 @@ class AdamW:
     elementwise = True
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        if not all(0 <= beta < 1 for beta in settings["betas"]):
-            raise ValueError(f"both betas must lie in [0, 1), got {settings['betas']}")
-        if settings["eps"] < 0:
-            raise ValueError(f"eps cannot be negative, got {settings['eps']}")
+        require_betas(settings["betas"])
+        require_not_negative(settings, "eps")
 
     def names(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         return ("momentum", "second_moment")
@@ -94,6 +95,9 @@ class AdamW:
         denominators = torch._foreach_sqrt(V)
         torch._foreach_div_(denominators, [(1 - beta2**age) ** 0.5 for age in ages])
         torch._foreach_add_(denominators, eps)
+        if not eps:
+            for denominator in denominators:
+                denominator.masked_fill_(denominator == 0, math.inf)  # 0/0: an entry of which nothing was seen stays
         torch._foreach_mul_(denominators, [1 - beta1**age for age in ages])
         return list(torch._foreach_div(M, denominators))
 
@@ -109,8 +113,7 @@ class SGD:
     elementwise = True
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        if not 0 <= settings["momentum"] < 1:
-            raise ValueError(f"momentum must lie in [0, 1), got {settings['momentum']}")
+        _require_average("momentum", settings)
         if settings["nesterov"] and not settings["momentum"]:
             raise ValueError("nesterov=True needs a momentum above 0")
 
@@ -145,15 +148,14 @@ class Adafactor:
     elementwise = False
 
     def check(self, settings: Mapping[str, Any]) -> None:
-        if settings["beta2_decay"] > 0:
-            raise ValueError(f"beta2_decay is an exponent and cannot be positive, got {settings['beta2_decay']}")
-        if settings["clip_threshold"] <= 0 or settings["eps"] < 0:
+        if not is_finite_number(settings["beta2_decay"]) or settings["beta2_decay"] > 0:
             raise ValueError(
-                "clip_threshold must be positive and eps not negative, "
-                f"got {settings['clip_threshold']} and {settings['eps']}"
+                f"beta2_decay is an exponent, a finite number that cannot be positive, got {settings['beta2_decay']!r}"
             )
-        if not 0 <= settings["beta1"] < 1:
-            raise ValueError(f"beta1 must lie in [0, 1), got {settings['beta1']}")
+        if not is_finite_number(settings["clip_threshold"]) or settings["clip_threshold"] <= 0:
+            raise ValueError(f"clip_threshold must be a finite positive number, got {settings['clip_threshold']!r}")
+        require_not_negative(settings, "eps")
+        _require_average("beta1", settings)
 
     def names(self, settings: Mapping[str, Any]) -> tuple[str, ...]:
         # which of the second moments there are depends on the shape
@@ -176,13 +178,13 @@ class Adafactor:
         weight = age ** settings["beta2_decay"]
         squares = R.square().add_(settings["eps"])
         if "second_moment" in moments:
-            scale = moments["second_moment"].lerp_(squares, weight).rsqrt()
+            direction = R * _inverse_root(moments["second_moment"].lerp_(squares, weight))
         else:
             row = moments["row_moment"].lerp_(squares.mean(-1), weight)
             column = moments["column_moment"].lerp_(squares.mean(-2), weight)
-            relative = row / row.mean(-1, keepdim=True)
-            scale = relative.rsqrt()[..., None] * column.rsqrt()[..., None, :]
-        direction = R * scale
+            # the roots apart: row/mean would vanish for a row of zeros beside one of 1e5, and its root be infinite
+            relative = _inverse_root(row) * row.mean(-1, keepdim=True).sqrt()
+            direction = R * relative[..., None] * _inverse_root(column)[..., None, :]
         root_mean_square = direction.square().mean().sqrt()
         direction /= (root_mean_square / settings["clip_threshold"]).clamp(min=1)
         if not settings["beta1"]:
@@ -193,3 +195,21 @@ class Adafactor:
         rows = carried_second_moment(moments["row_moment"], C, gradient.square().mean(-1), weight=1.0)
         first = {"momentum": C @ moments["momentum"]} if settings["beta1"] else {}
         return first | {"row_moment": rows, "column_moment": moments["column_moment"]}
+
+
+def squares_fit(peak: float, numbers: int, dtype: torch.dtype) -> bool:
+    """Whether a gradient with this largest entry is finite and so is the sum of its squares.
+
+    An infinite second moment would stay infinite for good: AdamW would never move the parameter again, Adafactor make it NaN.
+    """
+    return peak * peak * numbers < torch.finfo(dtype).max
+
+
+def _inverse_root(second_moment: Tensor) -> Tensor:
+    """1/√v, and 0 of 0: an entry of which nothing was seen stays."""
+    return second_moment.rsqrt().masked_fill_(second_moment == 0, 0.0)
+
+
+def _require_average(name: str, settings: Mapping[str, Any]) -> None:
+    if not is_finite_number(settings[name]) or not 0 <= settings[name] < 1:
+        raise ValueError(f"{name} must be a number in [0, 1), got {settings[name]!r}")

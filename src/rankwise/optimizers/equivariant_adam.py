@@ -1,10 +1,13 @@
 """Adam with one second moment a matrix, so that turning a matrix turns its steps and changes nothing else."""
 
-from collections.abc import Callable, Iterable
-from typing import Any, cast, overload
+from collections.abc import Callable
+from typing import Any, overload
 
 import torch
 from torch import Tensor
+
+from rankwise.optimizers.saved_state import require_entries, require_shape, saved_groups
+from rankwise.optimizers.setting_checks import require_betas, require_not_negative
 
 
 def equivariant_adam_step(
@@ -100,17 +103,12 @@ class EquivariantAdam(torch.optim.Optimizer):
         maximize: bool = False,
         stacked: bool = True,
     ):
-        if lr < 0 or eps < 0 or weight_decay < 0:
-            raise ValueError(
-                f"lr, eps and weight_decay cannot be negative, got {lr}, {eps} and {weight_decay}; "
-                "to climb instead of descend set maximize=True"
-            )
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"both betas must lie in [0, 1), got {betas}")
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize,
             "stacked": stacked,
         }  # fmt: skip
+        require_not_negative(defaults, "lr", "eps", "weight_decay")
+        require_betas(betas)
         super().__init__(params, defaults)
 
     @overload
@@ -153,13 +151,23 @@ class EquivariantAdam(torch.optim.Optimizer):
         )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch does it, which casts state to the parameter's dtype, but with the second moments' own dtype kept."""
+        """As torch does it, but the second moments keep their own dtype, and a state of something else is refused first.
+
+        Raises:
+            ValueError: no state_dict, or that of another optimizer or of parameters of other shapes; nothing is changed then.
+        """
+        groups = saved_groups(self, state_dict)
+        for settings, states in groups:
+            for parameter, saved in zip(settings["params"], states, strict=True):
+                if saved:
+                    require_entries(saved, parameter, "step")
+                    require_shape(saved, parameter, "momentum", tuple(parameter.shape))
+                    empty = empty_second_moment(parameter, settings["stacked"])
+                    require_shape(saved, parameter, "second_moment", tuple(empty.shape))
         super().load_state_dict(state_dict)
-        saved_groups = cast("Iterable[dict[str, Any]]", state_dict["param_groups"])
-        for saved_group, group in zip(saved_groups, self.param_groups, strict=True):
-            for number, parameter in zip(saved_group["params"], group["params"], strict=True):
-                saved = state_dict["state"].get(number)
-                if saved is not None:
+        for settings, states in groups:
+            for parameter, saved in zip(settings["params"], states, strict=True):
+                if saved:
                     self.state[parameter]["second_moment"] = saved["second_moment"].to(parameter.device)
 
 

@@ -44,9 +44,9 @@ def require_pair(A: Tensor, B: Tensor, name: str = "") -> None:
     """Refuse what is no pair.
 
     Raises:
-        ValueError: A is not (r, d_in) beside a B of (d_out, r).
+        ValueError: A is not (r, d_in) beside a B of (d_out, r), or r is 0.
     """
-    fit = A.ndim >= 2 and B.ndim >= 2 and len(A) == as_matrix(B).shape[1]
+    fit = A.ndim >= 2 and B.ndim >= 2 and A.numel() and B.numel() and len(A) == as_matrix(B).shape[1]
     if not fit:
         where = f" of {name}" if name else ""
         raise ValueError(

@@ -8,6 +8,7 @@ from torch import Tensor
 from rankwise.optimizers.base_rules import SGD, Adafactor, AdamW
 from rankwise.optimizers.projected import Plan, ProjectedOptimizer, ProjectionSettings
 from rankwise.optimizers.refresh import Subspace, subspace_by_iteration, subspace_by_svd
+from rankwise.optimizers.setting_checks import is_count, is_finite_number
 from rankwise.optimizers.sharding import Whole
 
 
@@ -41,10 +42,10 @@ class GaLore(ProjectedOptimizer):
         every, below = group["refresh_every"], group["refresh_below"]
         if every is None and below is None:
             raise ValueError("one of refresh_every and refresh_below must say when to look for a new subspace")
-        if every is not None and every < 1:
-            raise ValueError(f"refresh_every counts updates from 1, got {every}")
-        if below is not None and not 0 < below < 1:
-            raise ValueError(f"refresh_below is a share and must lie in (0, 1), got {below}")
+        if every is not None and not is_count(every, 1):
+            raise ValueError(f"refresh_every counts updates from 1, got {every!r}")
+        if below is not None and not (is_finite_number(below) and 0 < below < 1):
+            raise ValueError(f"refresh_below is a share and must lie in (0, 1), got {below!r}")
         if group["basis"] not in ("iteration", "svd"):
             raise ValueError(f'basis must be "iteration" or "svd", got {group["basis"]!r}')
 

@@ -1,11 +1,11 @@
 """LoRA+: B learns faster than A."""
 
-import math
 from typing import Any
 
 from torch import nn
 
 from rankwise.optimizers.factor_pairs import lora_pairs, trained_besides
+from rankwise.optimizers.setting_checks import is_finite_number
 
 
 def loraplus_param_groups(
@@ -50,8 +50,8 @@ def loraplus_param_groups(
     embedding_lr = lr if embedding_lr is None else embedding_lr
     head_lr = lr if head_lr is None else head_lr
     for name, value in (("lr", lr), ("ratio", ratio), ("embedding_lr", embedding_lr), ("head_lr", head_lr)):
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name} must be a positive number, got {value}")
+        if not is_finite_number(value) or value <= 0:
+            raise ValueError(f"{name} must be a positive number, got {value!r}")
     pairs = lora_pairs(model)
     linear = [pair for pair in pairs if not pair.embedding]
     tables = [pair for pair in pairs if pair.embedding]

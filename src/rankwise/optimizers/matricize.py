@@ -1,10 +1,13 @@
 """Which parameters are matrices to project, and on which side: decided once, from the shape, never from a projected gradient."""
 
 import math
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from rankwise.optimizers.setting_checks import is_count
 
 SIDES = ("smaller", "larger", "left", "right")
 
@@ -74,7 +77,7 @@ def geometry_of(shape: Sequence[int], rank: int | None, side: str = "smaller") -
         raise ValueError(f"side must be one of {', '.join(SIDES)}, got {side!r}")
     if rank is None:
         return None
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+    if not is_count(rank, 1):
         raise ValueError(f"rank must be a whole number from 1, or None to project nothing, got {rank!r}")
     if not is_matricized(shape):
         return None
@@ -86,4 +89,4 @@ def geometry_of(shape: Sequence[int], rank: int | None, side: str = "smaller") -
         )
     if side in ("smaller", "larger"):
         side = "left" if (rows < columns) == (side == "smaller") else "right"
-    return Geometry(rows, columns, side, rank)
+    return Geometry(rows, columns, side, operator.index(rank))

@@ -138,6 +138,8 @@ def optimizer_memory(
         >>> f"{1 - low.state / full.state:.1%}"
         '68.2%'
     """
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"dtype must be a floating-point dtype such as torch.bfloat16, or None, got {dtype!r}")
     parameters = parameters_of(model)
     buffers = sum(_size(buffer, dtype).bytes for buffer in {id(b): b for b in model.buffers()}.values())
     if not isinstance(optimizer, str):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from rankwise.model_structure import Names, conv1d_types, is_called, output_layer
 from rankwise.optimizers.matricize import is_matricized
+from rankwise.optimizers.setting_checks import is_count, require_not_negative
 
 HIDDEN, EMBEDDING, HEAD = "hidden matrix", "embedding", "output head"
 VECTOR, OTHER = "norm or bias", "other"
@@ -106,6 +107,7 @@ def model_param_groups(
     vectors = [entry for entry in parameters if entry.kind == VECTOR]
     matrices = [entry for entry in parameters if entry.kind != VECTOR and entry not in projected]
     decay = {} if weight_decay is None else {"weight_decay": weight_decay}
+    require_not_negative(decay, *decay)
     groups = (
         _group(projected, rank, **decay, **projected_options),
         _group(matrices, None, **decay),
@@ -116,6 +118,8 @@ def model_param_groups(
 
 def parameters_of(model: nn.Module) -> list[ModelParameter]:
     """Every parameter of the model once, in the model's order, trained or not."""
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"expected a model, a torch.nn.Module, got {type(model).__name__}")
     owners: dict[int, list[tuple[str, str, nn.Module]]] = {}
     for module_name, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False):
@@ -157,7 +161,7 @@ def require_rank(rank: int) -> None:
     Raises:
         ValueError: not a whole number of at least 1.
     """
-    if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+    if not is_count(rank, 1):
         raise ValueError(f"rank must be a whole number of at least 1, got {rank!r}")
 
 
@@ -195,6 +199,8 @@ def _check_names(parameters: Sequence[ModelParameter], option: str, names: Names
     """Every name must be one of the model's: a misspelt one would silently choose other layers."""
     if names is None:
         return
+    if not isinstance(names, str) and not _are_texts(names):
+        raise ValueError(f"{option} must be a regular expression or a list of names, got {names!r}")
     patterns: list[Names] = [names] if isinstance(names, str) else [[name] for name in names]
     for pattern in patterns:
         try:
@@ -207,6 +213,10 @@ def _check_names(parameters: Sequence[ModelParameter], option: str, names: Names
                 "name, a list holds names or their ends. Trainable are "
                 f"{_some(entry.name for entry in parameters)}"
             )
+
+
+def _are_texts(names: Any) -> bool:
+    return isinstance(names, Collection) and all(isinstance(name, str) for name in names)
 
 
 def _some(names: Iterable[str], shown: int = 6) -> str:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from rankwise.optimizers.projected import ProjectedOptimizer
+from rankwise.optimizers.setting_checks import is_count, is_finite_number
 
+_TAKEN = "_step_supports_amp_scaling"
 Waiting = dict[Tensor, tuple[Tensor, float]]  # projected gradients that are to be clipped, with the norms that count
 
 
@@ -58,6 +60,13 @@ class PerLayerUpdates:
         norm: str = "parameter",
         norm_of: str = "gradient",
     ):
+        if not isinstance(optimizer, ProjectedOptimizer):
+            raise ValueError(
+                f"per-layer updates are for projected optimizers, GaLore's and AdaRankGrad, got {type(optimizer).__name__}; "
+                "call its step() as usual"
+            )
+        if hasattr(optimizer, _TAKEN):
+            raise ValueError("this optimizer has per-layer updates already; remove() them before giving it others")
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             size = torch.distributed.get_world_size()
             if size > 1:
@@ -65,10 +74,10 @@ class PerLayerUpdates:
                     f"per-layer updates run in one process, not in {size}: DDP and FSDP reduce gradients after the hooks have "
                     "run. Call optimizer.step() as usual; FSDP2 shards the gradients, which saves the same memory"
                 )
-        if accumulate < 1:
-            raise ValueError(f"accumulate counts backward passes from 1, got {accumulate}")
-        if max_norm is not None and max_norm <= 0:
-            raise ValueError(f"max_norm must be positive, or None not to clip, got {max_norm}")
+        if not is_count(accumulate, 1):
+            raise ValueError(f"accumulate counts backward passes from 1, got {accumulate!r}")
+        if max_norm is not None and not (is_finite_number(max_norm) and max_norm > 0):
+            raise ValueError(f"max_norm must be positive and finite, or None not to clip, got {max_norm!r}")
         if norm not in ("parameter", "global") or norm_of not in ("gradient", "projected"):
             raise ValueError(
                 'norm must be "parameter" or "global" and norm_of "gradient" or "projected", '
@@ -90,18 +99,21 @@ class PerLayerUpdates:
         self._waiting: Waiting = {}
         self._group_of = {p: group for group in optimizer.param_groups for p in group["params"] if p.requires_grad}
         # a GradScaler hands its scale to an optimizer that says so, and would else complain of missing gradients
-        optimizer._step_supports_amp_scaling = True  # type: ignore[attr-defined]
+        setattr(optimizer, _TAKEN, True)
         self._handles: list[Any] = [p.register_post_accumulate_grad_hook(self._arrived) for p in self._group_of]
         self._handles.append(optimizer.register_step_pre_hook(self._finish))
         self._handles.append(optimizer.register_step_post_hook(self._finish))  # for what a closure's backward pass left
         self._handles.append(optimizer.register_state_dict_pre_hook(self._refuse_half_an_update))
 
     def remove(self) -> None:
-        """Back to the ordinary mode; what has accumulated is dropped."""
+        """Back to the ordinary mode; what has accumulated is dropped. A second time there is nothing to do."""
+        if not self._handles:
+            return
         self.discard()
         for handle in self._handles:
             handle.remove()
-        del self.optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+        self._handles.clear()
+        delattr(self.optimizer, _TAKEN)
 
     def discard(self) -> None:
         """Drop what has accumulated since the last update, as ``zero_grad`` would in the ordinary mode."""

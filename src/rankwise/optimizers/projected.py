@@ -2,16 +2,19 @@
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from numbers import Number
 from typing import Any, ClassVar, NamedTuple, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
 
-from rankwise.optimizers.base_rules import BaseRule
+from rankwise.optimizers.base_rules import BaseRule, squares_fit
 from rankwise.optimizers.matricize import Geometry, geometry_of
 from rankwise.optimizers.moment_storage import check_form, opened, stored
 from rankwise.optimizers.projection import add_full, add_lifted, aligned, project, rotation
 from rankwise.optimizers.refresh import Subspace, sketch
+from rankwise.optimizers.saved_state import ELSEWHERE, require_entries, require_shape, saved_groups
+from rankwise.optimizers.setting_checks import is_count, require_not_negative, require_seed
 from rankwise.optimizers.sharding import Whole, is_distributed, local, pieces_of, refuse_flattened
 from rankwise.spectral.precision import compute_dtype
 
@@ -72,9 +75,9 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     A subclass names its ``rule`` and says how a subspace is found (:meth:`new_subspace`), when the next gradient is to give a
     new one (:meth:`wants_refresh`), and nothing else. Decay is decoupled and acts on all of W.
 
-    State of a parameter: ``step`` (updates made), ``skipped`` (gradients with NaN or infinity: the parameter is left as it
-    is), ``age`` (updates in the moments), the rule's moments and, where it is projected, ``basis`` P (c × r), ``due`` (the next
-    gradient gives a new one), ``since_refresh``, ``refreshes`` and, between a refresh and its update, ``overlap`` P_newᵀP_old.
+    State of a parameter: ``step`` (updates made), ``skipped`` (see :meth:`skipped_updates`), ``age`` (updates in the moments),
+    the rule's moments and, where it is projected, ``basis`` P (c × r), ``due`` (the next gradient gives a new one),
+    ``since_refresh``, ``refreshes`` and, between a refresh and its update, ``overlap`` P_newᵀP_old.
     Tensors and plain numbers only.
 
     Raises:
@@ -122,16 +125,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
 
     def check_settings(self, group: Mapping[str, Any]) -> None:
         """Raise ValueError for a setting out of range; subclasses add theirs."""
-        for name in ("lr", "weight_decay", "scale"):
-            if group[name] < 0:
-                raise ValueError(f"{name} cannot be negative, got {group[name]}; to climb set maximize=True")
+        require_not_negative(group, "lr", "weight_decay", "scale")
         if group["moments"] not in MOMENTS_AT_REFRESH:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS_AT_REFRESH)}, got {group['moments']!r}")
-        if group["oversample"] < 0 or group["iterations"] < 1:
-            raise ValueError(
-                "oversample cannot be negative and iterations must be at least 1, "
-                f"got {group['oversample']} and {group['iterations']}"
-            )
+        for name, least in (("oversample", 0), ("iterations", 1)):
+            if not is_count(group[name], least):
+                raise ValueError(f"{name} must be a whole number and at least {least}, got {group[name]!r}")
+        require_seed(group["seed"])
         check_form(group["moments_in"])
         self.rule.check(group)
 
@@ -150,9 +150,13 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         for other, ours in (("update_proj_gap", "refresh_every"), ("proj_type", "side")):
             if other in group:
                 raise ValueError(f"the group has {other!r}, as galore_torch calls it; here it is {ours!r}")
+        self._plans.update(self._plans_of(group))
+        # plain numbers, which torch.load(weights_only=True) reads, in place of numpy's
+        group.update({name: value.item() for name, value in group.items() if _is_numpy_number(value)})
+
+    def _plans_of(self, group: Mapping[str, Any]) -> dict[Tensor, Plan]:
         self.check_settings(group)
-        plans = {parameter: self._plan(parameter, group) for parameter in group["params"]}
-        self._plans.update(plans)
+        return {parameter: self._plan(parameter, group) for parameter in group["params"]}
 
     def _plan(self, parameter: Tensor, group: Mapping[str, Any]) -> Plan:
         shape = tuple(parameter.shape)
@@ -207,9 +211,10 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             yield from ([parameter] for parameter in parameters)
 
     def skipped_updates(self) -> int:
-        """How many updates of single parameters were left out because the gradient had a NaN or an infinity.
+        """How many updates of single parameters were left out: the gradient had a NaN or an infinity, or its squares overflow.
 
-        Such a gradient leaves the parameter, its moments and its subspace as they are; other parameters are updated.
+        Such a gradient leaves the parameter and its moments as they are, one with a NaN or an infinity the subspace too; other
+        parameters are updated.
         """
         return sum(state.get("skipped", 0) for state in self.state.values())
 
@@ -332,11 +337,15 @@ class ProjectedOptimizer(torch.optim.Optimizer):
             state["due"] = state["due"] or self.wants_refresh(state, R, plan, group)
 
     def _finite(self, arrived: list[tuple[Tensor, Tensor]]) -> list[tuple[Tensor, Tensor]]:
-        """Those whose gradient is finite; the others are counted. One wait for the device for all of them."""
+        """Those whose gradient and its squares are finite; the others are counted. One wait for the device for all of them."""
         if not arrived:
             return []
-        peaks = torch.stack([self._plans[parameter].pieces.peak(R) for parameter, R in arrived])
-        good = torch.isfinite(peaks).tolist()
+        peaks = torch.stack([self._plans[parameter].pieces.peak(R) for parameter, R in arrived]).tolist()
+        good = [
+            # the whole parameter's numbers, which all processes agree on
+            squares_fit(peak, parameter.numel(), R.dtype)
+            for peak, (parameter, R) in zip(peaks, arrived, strict=True)
+        ]
         for (parameter, _), is_finite in zip(arrived, good, strict=True):
             self.state[parameter]["skipped"] += not is_finite
         return [pair for pair, is_finite in zip(arrived, good, strict=True) if is_finite]
@@ -344,12 +353,14 @@ class ProjectedOptimizer(torch.optim.Optimizer):
     # -- moments -------------------------------------------------------------------------------------------------
 
     def _moments(self, parameter: Tensor, R: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-        """In R's dtype; new ones before the first step."""
+        """In R's dtype; new ones before the first step, and of a moment that a setting has asked for since."""
         state = self.state[parameter]
         if not state["age"]:
             return self.rule.start(R, group)
         here = {name: local(value) for name, value in state.items() if isinstance(value, Tensor) and name != "basis"}
-        return {name: opened(name, here, R.dtype) for name in self.rule.names(group) if name in here}
+        wanted = self.rule.names(group)
+        started = {} if all(name in here for name in wanted) else self.rule.start(R, group)
+        return started | {name: opened(name, here, R.dtype) for name in wanted if name in here}
 
     def _store(self, parameter: Tensor, moments: dict[str, Tensor], group: Mapping[str, Any]) -> None:
         state, pieces = self.state[parameter], self._plans[parameter].pieces
@@ -364,29 +375,20 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         """As torch does it, but the state keeps its own dtype, and what cannot be this optimizer's is refused first.
 
         Raises:
-            ValueError: the state of another optimizer, or of parameters of other shapes; nothing is changed then.
+            ValueError: no state_dict, or that of another optimizer, of settings out of range or of parameters of other shapes;
+                nothing is changed then.
         """
-        self._check_saved(state_dict)
+        groups = saved_groups(self, state_dict)
+        for settings, states in groups:
+            self._plans_of(settings)
+            for parameter, saved in zip(settings["params"], states, strict=True):
+                self._check_saved_state(saved, parameter, settings)
         super().load_state_dict(state_dict)
-        for number, parameter in self._numbered(state_dict):
-            for name, value in state_dict["state"].get(number, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[parameter][name] = value.to(parameter.device)
-
-    def _numbered(self, state_dict: Mapping[str, Any]) -> Iterator[tuple[Any, Tensor]]:
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            yield from zip(saved["params"], group["params"], strict=False)
-
-    def _check_saved(self, state_dict: Mapping[str, Any]) -> None:
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=False):
-            # of the defaults what this group has: torch adds some of its own to them when an optimizer is copied
-            missing = sorted(set(self.defaults) & set(group) - set(saved))
-            if missing:
-                raise ValueError(
-                    f"this is the state of another optimizer than {type(self).__name__}: its groups have no {', '.join(missing)}"
-                )
-            for number, parameter in zip(saved["params"], group["params"], strict=False):
-                self._check_saved_state(state_dict["state"].get(number, {}), parameter, saved)
+        for settings, states in groups:
+            for parameter, saved in zip(settings["params"], states, strict=True):
+                for name, value in saved.items():
+                    if isinstance(value, Tensor):
+                        self.state[parameter][name] = value.to(parameter.device)
 
     def _check_saved_state(self, saved: Mapping[str, Any], parameter: Tensor, group: Mapping[str, Any]) -> None:
         if not saved:
@@ -394,25 +396,26 @@ class ProjectedOptimizer(torch.optim.Optimizer):
         shape = tuple(parameter.shape)
         geometry = geometry_of(shape, group["rank"], group["side"])
         wanted = shape
-        if geometry is not None and "basis" in saved:
-            basis = tuple(saved["basis"].shape)
-            if basis[0] != geometry.compressed or not 1 <= basis[1] <= geometry.rank:
+        require_entries(saved, parameter, "step", "skipped", "age")
+        if geometry is not None:
+            require_entries(saved, parameter, "basis", "due", "refreshes", "since_refresh")
+            basis = tuple(getattr(saved["basis"], "shape", ()))
+            if len(basis) != 2 or basis[0] != geometry.compressed or not 1 <= basis[1] <= geometry.rank:
                 raise ValueError(
-                    f"the saved basis of shape {basis} is not one for the parameter of shape {shape} at rank {geometry.rank}: "
-                    "the state belongs to another model or to parameters in another order"
+                    f"the saved basis of shape {basis} is not one for the parameter of shape {shape} at rank {geometry.rank}"
+                    f"{ELSEWHERE}"
                 )
             rank = saved["overlap"].shape[1] if "overlap" in saved else basis[1]  # moments still of the old rank
             wanted = (rank, geometry.other)
-        if not saved.get("age"):
+        if not saved["age"]:
             return
         moments = self.rule.start(torch.empty(wanted, device="meta"), group)
         for name, expected in moments.items():
-            if name not in saved or saved[name].shape != expected.shape:
-                found = tuple(saved[name].shape) if name in saved else "missing"
-                raise ValueError(
-                    f"the saved {name} of a parameter of shape {shape} is {found} instead of {tuple(expected.shape)}: the "
-                    "state belongs to another optimizer, another model or parameters in another order"
-                )
+            require_shape(saved, parameter, name, tuple(expected.shape))
+
+
+def _is_numpy_number(value: Any) -> bool:
+    return isinstance(value, Number) and hasattr(value, "item")
 
 
 def _warn_of_embeddings(parameter: Tensor, A: Tensor, geometry: Geometry) -> None:

@@ -69,7 +69,7 @@ def rayleigh_ritz(A: Tensor, Q: Tensor, pieces: Whole) -> Subspace:
     small = B / largest
     energies, E = torch.linalg.eigh(pieces.over_other(small @ small.mT))
     E = E.flip(1)
-    return Subspace(Q @ E, E.mT @ B, energies.flip(0).clamp(min=0) * largest**2)
+    return Subspace(Q @ E, E.mT @ B, energies.flip(0).clamp(min=0) * largest * largest)
 
 
 def subspace_by_iteration(

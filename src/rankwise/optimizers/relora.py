@@ -1,8 +1,9 @@
 """ReLoRA: low-rank adapters that are merged and started anew, again and again, so that their sum has a high rank."""
 
+import copy
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.optimizers.factor_pairs import LoraPair, adapters_of, as_matrix, lora_pairs
+from rankwise.optimizers.setting_checks import is_count, require_seed
 from rankwise.optimizers.state_pruning import ResetState, StatePruning
 
 Start = Callable[[LoraPair, torch.Generator], tuple[Tensor, Tensor]]
@@ -105,9 +107,14 @@ class ReLora:
         start: Start = kaiming_start,
         seed: int = 0,
     ):
+        pruning = ResetState() if pruning is None else pruning
+        for name, function in (("pruning", pruning), ("start", start)):
+            if not callable(function):
+                raise ValueError(f"{name} must be something to call, as ReLora's documentation says, got {function!r}")
+        require_seed(seed)
         self.pairs = lora_pairs(model)
         self.optimizer = optimizer
-        self.pruning = ResetState() if pruning is None else pruning
+        self.pruning = pruning
         self.start, self.seed, self.restarts = start, seed, 0
         owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
         for pair in self.pairs:
@@ -129,30 +136,37 @@ class ReLora:
         """Merge, draw anew, prune.
 
         Raises:
-            ValueError: an update that is not finite (then nothing has been changed), or a start that leaves A and B zero.
+            ValueError: an update that is not finite; a start of other shapes, not finite or with A and B both zero; a state that
+                cannot be pruned. Nothing has been changed then.
         """
-        for pair in self.pairs:  # all of them before the first is merged: half a restart could not be taken back
-            if not all(bool(torch.isfinite(factor).all()) for factor in pair.factors):
-                raise ValueError(
-                    f"the factors of {pair.name} hold NaN or infinite numbers, and nothing has been merged; lower the "
-                    "learning rate and go on from the last checkpoint"
-                )
-        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.restarts) % 2**63)
-        update, lost = 0.0, 0.0
+        # all of it before the first layer is merged: half a restart could not be taken back
         for pair in self.pairs:
-            added, missing = self._restart_one(pair, generator)
+            _require_finite(pair)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.restarts) % 2**63)
+        drawn = [self._drawn(pair, generator) for pair in self.pairs]
+        update, lost = 0.0, 0.0
+        for pair, (start, states) in zip(self.pairs, drawn, strict=True):
+            added, missing = self._restart_one(pair, *start)
             update, lost = update + added, lost + missing
-            bias = _bias_of_update(pair)
-            for parameter in pair.factors if bias is None else (*pair.factors, bias):
-                if parameter in self.optimizer.state:
-                    self.pruning(self.optimizer.state[parameter], parameter, generator)
+            for parameter, pruned in states.items():
+                state = self.optimizer.state[parameter]
+                state.clear()
+                state.update(pruned)
         self.restarts += 1
         return Restart(self.restarts, math.sqrt(update), math.sqrt(lost / update) if update else 0.0)
 
-    def _restart_one(self, pair: LoraPair, generator: torch.Generator) -> tuple[float, float]:
+    def _drawn(
+        self, pair: LoraPair, generator: torch.Generator
+    ) -> tuple[tuple[Tensor, Tensor], dict[nn.Parameter, dict[str, Any]]]:
+        """A pair's new factors and pruned copies of its states. In this order: both may draw from the generator."""
+        start = _require_start(self.start(pair, generator), pair)
+        states = {p: copy.deepcopy(self.optimizer.state[p]) for p in _started(pair) if p in self.optimizer.state}
+        for parameter, state in states.items():
+            self.pruning(state, parameter, generator)
+        return start, states
+
+    def _restart_one(self, pair: LoraPair, A: Tensor, B: Tensor) -> tuple[float, float]:
         """‖s·B·A‖² that was merged, and the square of what of it did not arrive."""
-        A, B = self.start(pair, generator)
-        _require_alive(A, B, pair.name)
         layer: Any = pair.layer
         weight = base_layer(pair).weight
         with _wide(pair):
@@ -191,19 +205,33 @@ class ReLora:
         """Put saved base weights back into a freshly loaded model. The adapter and the optimizer load their own.
 
         Raises:
-            ValueError: of another model or version.
+            ValueError: of another model or version, incomplete, or with NaN or infinite weights; nothing is changed then.
         """
-        if state.get("format_version") != _FORMAT_VERSION:
+        version = state.get("format_version") if isinstance(state, Mapping) else None
+        if version != _FORMAT_VERSION:
             raise ValueError(
-                f"ReLora's state has format_version {state.get('format_version')!r}, expected {_FORMAT_VERSION}; it was saved "
-                "by another version of rankwise"
+                f"ReLora's state has format_version {version!r}, expected {_FORMAT_VERSION}; it is not what state_dict() "
+                "returned, or was saved by another version of rankwise"
             )
+        missing = {"restarts", "seed", "base_weights"} - set(state)
+        if missing:
+            raise ValueError(f"ReLora's state has no {', '.join(sorted(missing))}; give what its state_dict() returned")
+        if not is_count(state["restarts"], 0):
+            raise ValueError(f"the saved restarts must be a whole number from 0, got {state['restarts']!r}")
+        require_seed(state["seed"])
         mine, saved = self._base_tensors(), state["base_weights"]
+        if not isinstance(saved, Mapping) or not all(isinstance(tensor, Tensor) for tensor in saved.values()):
+            raise ValueError("the saved base weights must be tensors by name; give what ReLora's state_dict() returned")
         different = set(mine) ^ set(saved) or {name for name in mine if mine[name].shape != saved[name].shape}
         if different:
             raise ValueError(
                 f"the saved base weights are not this model's ({min(different)} is in one of them only, or of another shape); "
                 "adapt the same layers of the same model"
+            )
+        broken = [name for name, tensor in saved.items() if not bool(torch.isfinite(tensor).all())]
+        if broken:
+            raise ValueError(
+                f"the saved base weight {broken[0]} holds NaN or infinite numbers; go on from an earlier checkpoint"
             )
         for name, tensor in mine.items():
             tensor.copy_(saved[name])
@@ -246,6 +274,43 @@ def _bias_of_update(pair: LoraPair) -> nn.Parameter | None:
         bias: nn.Parameter | None = getattr(side[pair.adapter], "bias", None)
         return bias
     return None
+
+
+def _started(pair: LoraPair) -> tuple[nn.Parameter, ...]:
+    """What a restart starts anew."""
+    bias = _bias_of_update(pair)
+    return pair.factors if bias is None else (*pair.factors, bias)
+
+
+def _require_finite(pair: LoraPair) -> None:
+    """Refuse an update that is not finite."""
+    for parameter in _started(pair):
+        if not bool(torch.isfinite(parameter).all()):
+            raise ValueError(
+                f"the factors of {pair.name} hold NaN or infinite numbers, and nothing has been merged; lower the "
+                "learning rate and go on from the last checkpoint"
+            )
+
+
+def _require_start(drawn: Any, pair: LoraPair) -> tuple[Tensor, Tensor]:
+    """A and B as the pair's own are.
+
+    Raises:
+        ValueError: they are not, and could not be trained.
+    """
+    wanted = [tuple(factor.shape) for factor in pair.factors]
+    two = isinstance(drawn, tuple | list) and all(isinstance(factor, Tensor) for factor in drawn)
+    came: Any = [tuple(factor.shape) for factor in drawn] if two else type(drawn).__name__
+    if came != wanted:
+        raise ValueError(
+            f"start must return A and B of shapes {wanted[0]} and {wanted[1]} for {pair.name}, got {came}; nothing has been "
+            "merged"
+        )
+    A, B = drawn
+    if not all(bool(torch.isfinite(factor).all()) for factor in drawn):
+        raise ValueError(f"start gave {pair.name} NaN or infinite numbers; nothing has been merged")
+    _require_alive(A, B, pair.name)
+    return A, B
 
 
 def _require_one_adapter(pair: LoraPair) -> None:

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -150,6 +151,20 @@ class OptimizerContract:
         optimizer.param_groups[1]["lr"] = 0.1
         self.steps(optimizer, parameters, range(3, 4))
         assert all(not torch.equal(p, start) for p, start in zip(parameters[1:], frozen, strict=True))
+
+    @pytest.mark.parametrize("lr", [-1.0, math.nan, math.inf])
+    def test_rates_that_are_no_finite_numbers_are_refused(self, lr: float) -> None:
+        parameters = self.parameters()
+        with pytest.raises(ValueError, match="lr"):
+            self.make_optimizer(parameters, lr=lr)
+
+    @pytest.mark.parametrize(
+        "given",
+        [{}, None, "state", {"state": {}}, {"state": {}, "param_groups": []}, {"state": None, "param_groups": 5}],
+    )
+    def test_what_is_no_state_of_its_parameters_is_refused(self, given: Any) -> None:
+        with pytest.raises(ValueError, match="state"):
+            self.make_optimizer(self.parameters()).load_state_dict(given)
 
     def test_schedulers_and_copies_work(self) -> None:
         parameters = self.parameters()

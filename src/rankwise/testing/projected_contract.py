@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -242,6 +243,21 @@ class ProjectedContract(OptimizerContract):
         assert [optimizer.state[p]["skipped"] for p in hit] == [1, 1, 0, 0, 0]
         assert all(torch.isfinite(p).all() for p in hit)
 
+    @pytest.mark.parametrize("size", [2e19, 1e30])
+    @pytest.mark.parametrize("at", [0, 1, 3])
+    def test_a_gradient_whose_squares_overflow_is_left_out_and_counted(self, size: float, at: int) -> None:
+        """An infinite second moment would stay."""
+        parameters = self.parameters(torch.float32)
+        optimizer = self.make_optimizer(parameters)
+        for number, gradients in enumerate(self.gradients(parameters, 5)):
+            before = [parameter.detach().clone() for parameter in parameters]
+            huge = [torch.full_like(gradient, size) for gradient in gradients]
+            self.descend(optimizer, parameters, iter([huge if number == at else gradients]))
+            stayed = [torch.equal(parameter, start) for parameter, start in zip(parameters, before, strict=True)]
+            assert stayed == [number == at] * len(parameters)
+            assert all(torch.isfinite(parameter).all() for parameter in parameters)
+        assert optimizer.skipped_updates() == len(parameters)
+
     def test_sparse_gradients_are_refused(self) -> None:
         table = nn.Embedding(5, 3, sparse=True)
         optimizer = self.make_optimizer(table.parameters())
@@ -271,6 +287,29 @@ class ProjectedContract(OptimizerContract):
         assert len(optimizer.param_groups) == 1
         with pytest.raises(ValueError, match="refresh_every"):
             optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(6, 4))], "update_proj_gap": 7})
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, "1", None])
+    @pytest.mark.parametrize("name", ["lr", "weight_decay", "scale"])
+    def test_settings_that_are_no_finite_numbers_are_refused(self, name: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"{name} cannot be negative and must be a finite number"):
+            self.make_optimizer(self.parameters(), **{name: value})
+
+    @pytest.mark.parametrize("value", [1.5, math.nan, None])
+    @pytest.mark.parametrize("name", ["oversample", "iterations", "seed"])
+    def test_counts_are_whole_numbers(self, name: str, value: Any) -> None:
+        with pytest.raises(ValueError, match=f"{name} must be a whole number"):
+            self.make_optimizer(self.parameters(), **{name: value})
+
+    def test_numpys_numbers_are_numbers(self) -> None:
+        parameters, plain = self.parameters(), self.parameters()
+        optimizer = self.make_optimizer(parameters, rank=np.int64(2), lr=np.float64(0.05))
+        self.descend(optimizer, parameters, self.gradients(parameters, 4))
+        self.descend(self.make_optimizer(plain, rank=2, lr=0.05), plain, self.gradients(plain, 4))
+        self.assert_equal(parameters, plain)
+        file = io.BytesIO()
+        torch.save(optimizer.state_dict(), file)
+        file.seek(0)
+        self.make_optimizer(self.parameters()).load_state_dict(torch.load(file, weights_only=True))
 
     def test_nothing_to_project_is_an_error(self) -> None:
         for groups in ([nn.Parameter(torch.zeros(6))], [{"params": [nn.Parameter(torch.zeros(6, 4))], "rank": None}]):
@@ -315,6 +354,33 @@ class ProjectedContract(OptimizerContract):
         torch.save(before, file)
         torch.save(optimizer.state_dict(), after)
         assert file.getvalue() == after.getvalue()
+
+    @pytest.mark.parametrize(
+        ("setting", "message"),
+        [({"lr": -1.0}, "lr"), ({"moments": "forget"}, "moments"), ({"rank": 5}, "has no rank 5")],
+    )
+    def test_a_state_with_settings_out_of_range_is_refused_and_changes_nothing(
+        self, setting: dict[str, Any], message: str
+    ) -> None:
+        parameters, plain = self.parameters(), self.parameters()
+        optimizer, other = self.make_optimizer(parameters), self.make_optimizer(plain)
+        saved = optimizer.state_dict()
+        saved["param_groups"][0].update(setting)
+        with pytest.raises(ValueError, match=message):
+            optimizer.load_state_dict(saved)
+        self.descend(optimizer, parameters, self.gradients(parameters, 2))
+        self.descend(other, plain, self.gradients(plain, 2))
+        self.assert_equal(parameters, plain)
+
+    @pytest.mark.parametrize("name", ["step", "age", "skipped", "basis", "refreshes"])
+    def test_a_state_that_lacks_an_entry_is_refused(self, name: str) -> None:
+        parameters = self.parameters()
+        optimizer = self.make_optimizer(parameters)
+        self.descend(optimizer, parameters, self.gradients(parameters, 2))
+        saved = copy.deepcopy(optimizer.state_dict())
+        del saved["state"][0][name]
+        with pytest.raises(ValueError, match=f"the saved {name} of a parameter of shape .* is missing"):
+            optimizer.load_state_dict(saved)
 
     def test_geometry_is_decided_by_the_whole_shape(self) -> None:
         """The projected gradient of a 30 × 50 matrix at rank 40 would be read as a tall one."""
