@@ -117,7 +117,9 @@ def state_bytes(peer: Any) -> dict[str, Any]:
             optimizer = make(parameter)
             parameter.grad = torch.randn(1024, 2048).to(dtype)
             optimizer.step()
-            measured.setdefault(str(dtype), {})[name] = sum(map(bytes_in, optimizer.state[parameter].values()))
+            measured.setdefault(str(dtype).removeprefix("torch."), {})[name] = sum(
+                map(bytes_in, optimizer.state[parameter].values())
+            )
     print(f"state bytes: {measured}")
     return measured
 

@@ -247,6 +247,22 @@ def test_what_bfloat16_swallows_is_reported() -> None:
     assert all(bool((base_layer(pair).weight == 1).all()) for pair in relora.pairs)
 
 
+@pytest.mark.parametrize(("size", "swallowed"), [(1e-2, 0.15), (3e-3, 0.48), (1e-3, 0.83)])
+def test_what_bfloat16_swallows_of_small_updates(size: float, swallowed: float) -> None:
+    """The shares that docs/relora.md states: random updates of rank 8, of this size beside the weight of a linear layer."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(256, 256, bias=False).bfloat16()), LoraConfig(r=8, target_modules=["0"])
+    )
+    relora = ReLora(model, adamw(model))
+    (pair,) = relora.pairs
+    with torch.no_grad():
+        pair.A.normal_()
+        pair.B.normal_()
+        pair.B.mul_(size * base_layer(pair).weight.float().norm() / (pair.B @ pair.A).norm())
+    assert relora.merge_and_restart().lost == pytest.approx(swallowed, abs=0.01)
+
+
 # --- the optimizer's state
 
 

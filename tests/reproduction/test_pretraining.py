@@ -15,23 +15,23 @@ from reproduction.beyond.pretraining.corpus import Corpus, random_rows, spread_r
 from reproduction.beyond.pretraining.training import _METHODS, Run, small_llama, train
 
 SETTINGS: dict[str, Any] = {
-    **run.SCALES["small"], "vocabulary": 40, "length": 8, "rows": 4, "looked_at_rows": 6, "looks": 2, "width": 16,
+    **run.SCALES["small"], "length": 8, "rows": 4, "looked_at_rows": 6, "looks": 2, "width": 16,
     "inner_width": 24, "rank": 4,
 }  # fmt: skip
 STEPS = 12
 
 
 def a_run(method: str, **changes: Any) -> Run:
-    return Run("text", method, 4, 1e-2, 0, STEPS * SETTINGS["rows"] * SETTINGS["length"], "held_out")._replace(
-        **changes
-    )
+    return Run(
+        "text", method, 4, 1e-2, 2e-2, 0, STEPS * SETTINGS["rows"] * SETTINGS["length"], "held_out", 1e-2
+    )._replace(**changes)
 
 
 @pytest.fixture
 def text(monkeypatch: pytest.MonkeyPatch) -> Corpus:
     """A cycle of ten tokens, which a model can learn, and other cycles to look at."""
     made = Corpus(torch.arange(400) % 10, torch.arange(100) % 7 + 20, torch.arange(100) % 10)
-    monkeypatch.setattr(training, "corpus", lambda name, vocabulary: made)
+    monkeypatch.setattr(training, "corpus", lambda name: made)
     return made
 
 
@@ -45,9 +45,9 @@ def test_rows_are_pieces_of_the_text() -> None:
 
 
 def test_the_parts_of_a_text_do_not_overlap(data_root: Path) -> None:
-    parts = corpus._texts(data_root / "tinyshakespeare")
+    parts = corpus._parts(data_root / "tinyshakespeare")
     assert [len(part) for part in parts] == [1_003_855, 55_769, 55_770]
-    assert [len(part) for part in corpus._texts(data_root / "wikitext2")] == pytest.approx(
+    assert [len(part) for part in corpus._parts(data_root / "wikitext2")] == pytest.approx(
         [10.8e6, 1.12e6, 1.26e6], rel=0.02
     )
 
@@ -122,10 +122,14 @@ def test_the_lowest_loss_on_the_tuning_part_chooses_the_rate(monkeypatch: pytest
 
     def made_up(runs: list[Run], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
         asked.extend(runs)
-        return iter([{"losses": [9.0, abs(trial.rate - 3e-3)]} for trial in runs])
+        return iter([{"losses": [9.0, abs(trial.rate - 3e-3) + abs(trial.other_rate - 2e-2)]} for trial in runs])
 
     monkeypatch.setattr(run, "_all_of", made_up)
-    best, losses = run._tuned({**SETTINGS, "rates": {"adamw": [1e-3, 3e-3], "lora": [1e-2, 3e-2]}}, seed=0)
-    assert best == {"adamw": 3e-3, "lora": 1e-2}
+    rates = {"adamw": [1e-3, 3e-3, 5e-3], "lora": [1e-2, 3e-2], "relora_warm": [1e-3]}
+    settings = {**SETTINGS, "other_rates": [1e-2, 2e-2, 4e-2], "rates": rates, "widenings": 2}
+    best, losses = run._tuned(settings, seed=0)
+    assert best == {"other": 2e-2, "adamw": 3e-3, "lora": 2.5e-3, "relora_warm": 2e-3}
+    assert sorted(losses["lora"]) == ["0.0025", "0.005", "0.01", "0.03"]  # two beyond the grid
     assert {trial.part for trial in asked} == {"tuning"}
-    assert losses["adamw"] == {"0.001": pytest.approx(2e-3), "0.003": 0.0}
+    assert {trial.other_rate for trial in asked[3:]} == {2e-2}
+    assert {trial.warm_rate for trial in asked if trial.method == "relora_warm"} == {3e-3}

@@ -1,4 +1,4 @@
-"""Two texts as token numbers of one small vocabulary each, learned from the text that is trained on."""
+"""Two texts as bytes, each in three parts."""
 
 import gzip
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
 
 from rankwise.errors import UserError
@@ -17,7 +16,7 @@ CORPORA = ("wikitext2", "tinyshakespeare")
 
 
 class Corpus(NamedTuple):
-    """Token numbers, each part in reading order: what is trained on, what rates are chosen by, what is reported."""
+    """Bytes as numbers, each part in reading order: what is trained on, what rates are chosen by, what is reported."""
 
     train: Tensor
     tuning: Tensor
@@ -25,17 +24,15 @@ class Corpus(NamedTuple):
 
 
 @cache
-def corpus(name: str, vocabulary: int) -> Corpus:
+def corpus(name: str) -> Corpus:
     """WikiText-2 in its three parts; of tinyshakespeare the last twentieth is held out and the one before is for tuning."""
     if not os.environ.get("RANKWISE_DATA"):
         raise UserError("set RANKWISE_DATA to the folder that holds wikitext2 and tinyshakespeare")
-    texts = _texts(Path(os.environ["RANKWISE_DATA"]) / name)
-    tokenizer = ByteLevelBPETokenizer()
-    tokenizer.train_from_iterator(texts[0].splitlines(keepends=True), vocab_size=vocabulary, show_progress=False)
-    return Corpus(*(torch.tensor(tokenizer.encode(text).ids) for text in texts))
+    parts = _parts(Path(os.environ["RANKWISE_DATA"]) / name)
+    return Corpus(*(torch.frombuffer(bytearray(part), dtype=torch.uint8).long() for part in parts))
 
 
-def _texts(folder: Path) -> list[str]:
+def _parts(folder: Path) -> list[bytes]:
     if folder.name == "wikitext2":
         return [_read(folder / f"wiki.{part}.tokens.gz") for part in ("train", "valid", "test")]
     text = _read(folder / "input.txt.gz")
@@ -43,8 +40,8 @@ def _texts(folder: Path) -> list[str]:
     return [text[start:end] for start, end in pairwise(ends)]
 
 
-def _read(path: Path) -> str:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
+def _read(path: Path) -> bytes:
+    with gzip.open(path) as file:
         return file.read()
 
 

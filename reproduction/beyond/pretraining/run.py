@@ -6,7 +6,7 @@ on equal tokens of two texts, its learning rate tuned alike.
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -24,43 +24,45 @@ TITLE = "pretraining a small Llama: AdamW, GaLore, AdaRankGrad, ReLoRA and LoRA 
 # "paper" is the most that the study allows itself; GaLore's and ReLoRA's own sizes begin at 60 million parameters
 _PAPER: dict[str, Any] = {
     "corpora": ["wikitext2", "tinyshakespeare"],
-    "vocabulary": 2048,
+    # tokens are bytes: of a text in thousands of words the embeddings alone learn most of what so short a run can learn
     "width": 256,
     "inner_width": 688,
-    "layers": 4,
+    "layers": 5,
     "heads": 4,
     "length": 128,
-    "rows": 32,
+    "rows": 8,
     "tokens": 2_000_000,
     "seeds": 5,
-    "looks": 10,
-    "looked_at_rows": 128,
+    "looks": 5,
+    "looked_at_rows": 64,
     "max_norm": 1.0,
     # a quarter of the width, as GaLore and ReLoRA do it at 60 million; the most that AdaRankGrad may take
     "rank": 64,
     "lower_rank": 16,
-    "lower_ranks_of": ["galore", "adarankgrad", "lora", "relora_warm"],
-    "scale": 0.25,
-    "refresh_every": 50,
+    "lower_ranks_of": ["galore"],
+    "refresh_every": 100,
     "energy": 0.9,
     "cycles": 4,
-    # tuned on the first corpus's own part, at that many tokens, with a seed of its own
-    "tuning_tokens": 2_000_000,
+    # tuned on the first corpus's own part, at that many tokens, with a seed of its own: for embeddings, head and norms one
+    # rate with AdamW on everything, and with that for every method the rate of the hidden matrices; AdamW's is the warm
+    # start's. Where the best is the first or last of these, the next power of two is tried, so many times.
+    "tuning_tokens": 1_000_000,
+    "other_rates": [4e-3, 8e-3, 1.6e-2],
     "rates": {
-        "adamw": [1e-3, 2e-3, 4e-3, 8e-3],
-        "galore": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
-        "adarankgrad": [4e-3, 8e-3, 1.6e-2, 3.2e-2],
-        "lora": [2e-3, 4e-3, 8e-3, 1.6e-2],
-        "relora": [2e-3, 4e-3, 8e-3, 1.6e-2],
-        "relora_warm": [1e-3, 2e-3, 4e-3, 8e-3],
+        "adamw": [5e-4, 1e-3, 2e-3],
+        "galore": [1e-3, 2e-3, 4e-3],
+        "adarankgrad": [1e-3, 2e-3, 4e-3],
+        "lora": [1e-3, 2e-3, 4e-3],
+        "relora": [1e-3, 2e-3, 4e-3],
+        "relora_warm": [1e-3, 2e-3, 4e-3],
     },
+    "widenings": 3,
     "processes": 2,
 }
-_DESK: dict[str, Any] = {**_PAPER, "tokens": 1_000_000, "tuning_tokens": 500_000, "seeds": 3}
+_DESK: dict[str, Any] = {**_PAPER, "tokens": 300_000, "tuning_tokens": 150_000, "seeds": 3}
 _SMALL: dict[str, Any] = {
     **_DESK,
     "corpora": ["tinyshakespeare"],
-    "vocabulary": 512,
     "width": 32,
     "inner_width": 80,
     "layers": 1,
@@ -69,6 +71,7 @@ _SMALL: dict[str, Any] = {
     "rows": 8,
     "tokens": 256 * 32,
     "tuning_tokens": 256 * 8,
+    "widenings": 0,
     "seeds": 1,
     "looks": 2,
     "looked_at_rows": 32,
@@ -76,9 +79,8 @@ _SMALL: dict[str, Any] = {
     "lower_rank": 4,
     "lower_ranks_of": ["galore"],
     "refresh_every": 10,
-    "rates": {
-        method: [1e-2, 3e-2] if method in ("galore", "adarankgrad") else [3e-3, 1e-2] for method in _PAPER["rates"]
-    },
+    "other_rates": [1e-2, 3e-2],
+    "rates": {method: [3e-3, 1e-2] for method in _PAPER["rates"]},
     "processes": 0,
 }
 SCALES = {"paper": _PAPER, "desk": _DESK, "small": _SMALL}
@@ -106,7 +108,15 @@ def measure(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     rates, tuning = _tuned(settings, seed)
     cells = {
         (corpus, method, rank, trial): Run(
-            corpus, method, rank, rates[method], 1000 * seed + trial, settings["tokens"], "held_out"
+            corpus,
+            method,
+            rank,
+            rates[method],
+            rates["other"],
+            1000 * seed + trial,
+            settings["tokens"],
+            "held_out",
+            rates["adamw"] if method == "relora_warm" else 0.0,
         )
         for corpus in settings["corpora"]
         for method, rank in _entries(settings, corpus)
@@ -153,21 +163,47 @@ def _summary(runs: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str
 
 
 def _tuned(settings: dict[str, Any], seed: int) -> tuple[dict[str, float], dict[str, Any]]:
-    """The best rate of each method by its loss on the part of the first corpus that is for tuning, and all losses."""
-    trials = [
-        Run(
-            settings["corpora"][0], method, settings["rank"], rate, _TUNING_SEED + seed,
-            settings["tuning_tokens"], "tuning",
-        )
-        for method, rates in settings["rates"].items()
-        for rate in rates
-    ]  # fmt: skip
-    losses: dict[str, dict[float, float]] = {}
-    for trial, done in zip(trials, _all_of(trials, settings), strict=True):
-        losses.setdefault(trial.method, {})[trial.rate] = done["losses"][-1]
-    best = {method: min(tried, key=lambda rate, tried=tried: tried[rate]) for method, tried in losses.items()}
+    """The best rates by the loss on the part of the first corpus that is for tuning, and all losses."""
+    corpus, rank, tokens = settings["corpora"][0], settings["rank"], settings["tuning_tokens"]
+    rates = {method: list(tried) for method, tried in settings["rates"].items()}
+    middle = sorted(rates["adamw"])[len(rates["adamw"]) // 2]
+
+    def trial(method: str, rate: float, other: float, warm_rate: float = 0.0) -> Run:
+        return Run(corpus, method, rank, rate, other, _TUNING_SEED + seed, tokens, "tuning", warm_rate)
+
+    found = _searched({"other": settings["other_rates"]}, lambda _, rate: trial("adamw", middle, rate), settings)
+    other = _lowest(found["other"])
+    found |= _searched({"adamw": rates.pop("adamw")}, lambda method, rate: trial(method, rate, other), settings)
+    warm = {"relora_warm": _lowest(found["adamw"])}
+    found |= _searched(rates, lambda method, rate: trial(method, rate, other, warm.get(method, 0.0)), settings)
+    best = {name: _lowest(tried) for name, tried in found.items()}
     print("best rates:", best, flush=True)
-    return best, {method: {str(rate): loss for rate, loss in tried.items()} for method, tried in losses.items()}
+    return best, {name: {str(rate): tried[rate] for rate in sorted(tried)} for name, tried in found.items()}
+
+
+def _searched(
+    grids: dict[str, list[float]], trial: Callable[[str, float], Run], settings: dict[str, Any]
+) -> dict[str, dict[float, float]]:
+    """Losses by name and rate; beyond a grid where its best is at an end."""
+    found: dict[str, dict[float, float]] = {name: {} for name in grids}
+    wanted = [(name, rate) for name, grid in grids.items() for rate in grid]
+    for _ in range(settings["widenings"] + 1):
+        runs = [trial(name, rate) for name, rate in wanted]
+        for (name, rate), done in zip(wanted, _all_of(runs, settings), strict=True):
+            found[name][rate] = done["losses"][-1]
+        wanted = [(name, beyond) for name, tried in found.items() if (beyond := _beyond(tried)) is not None]
+    return found
+
+
+def _beyond(losses: dict[float, float]) -> float | None:
+    best = _lowest(losses)
+    if best == max(losses):
+        return 2 * best
+    return best / 2 if best == min(losses) else None
+
+
+def _lowest(losses: dict[float, float]) -> float:
+    return min(losses, key=losses.__getitem__)
 
 
 # -- runs side by side, each kept as soon as it is done ----------------------------------------------------------
@@ -199,10 +235,11 @@ _LOOKS = {
     "adamw": (GREY, "AdamW"),
     "galore": (BLUE, "GaLore"),
     "adarankgrad": (GREEN, "AdaRankGrad"),
-    "relora_warm": (PURPLE, "ReLoRA after a warm start"),
+    "relora_warm": (PURPLE, "warm ReLoRA"),
     "relora": (ORANGE, "ReLoRA"),
     "lora": ("#111111", "LoRA"),
 }
+_BELOW_ITS_POINT = ("relora", "adamw")  # the name, where another's is above
 _CORPORA = {"wikitext2": "WikiText-2", "tinyshakespeare": "tiny Shakespeare"}
 
 
@@ -211,11 +248,11 @@ def draw(record: dict[str, Any]) -> Figure:
     settings, curves, results = record["settings"], record["curves"], record["results"]
     corpora = settings["corpora"]
     with figure_style():
-        figure = Figure(figsize=(4.4 * (len(corpora) + 1), 3.9))
+        figure = Figure(figsize=(3.7 * (len(corpora) + 1), 3.4))
         panels = figure.subplots(1, len(corpora) + 1)
         for axes, corpus in zip(panels, corpora, strict=False):
             _against_tokens(axes, curves[corpus], settings)
-            axes.set_title(f"{_CORPORA[corpus]}: loss against tokens")
+            axes.set_title(f"{_CORPORA[corpus]}: loss against text")
         panels[0].legend()
         _against_bytes(panels[-1], results[corpora[0]], settings)
         panels[-1].set_title(f"{_CORPORA[corpora[0]]}: loss against optimizer state")
@@ -227,8 +264,8 @@ def _against_tokens(axes: Axes, curves: dict[str, Any], settings: dict[str, Any]
         losses = np.array(curves[method]["losses"])[:, 1:]  # the start is the same for all, and far above
         tokens = np.array(curves[method]["tokens"][1:]) / 1e6
         axes.plot(tokens, losses.mean(axis=0), color=colour, label=label)
-        axes.fill_between(tokens, losses.min(axis=0), losses.max(axis=0), color=colour, alpha=0.15, linewidth=0)
-    axes.set(xlabel="million tokens", ylabel="held-out loss, nats a token")
+        axes.vlines(tokens, losses.min(axis=0), losses.max(axis=0), color=colour, linewidth=1.2)
+    axes.set(xlabel="million bytes of text", ylabel="held-out loss, nats a byte")
 
 
 def _against_bytes(axes: Axes, results: dict[str, Any], settings: dict[str, Any]) -> None:
@@ -241,7 +278,12 @@ def _against_bytes(axes: Axes, results: dict[str, Any], settings: dict[str, Any]
             axes.plot(size, point["loss"], "o", color=colour, markersize=6, fillstyle=fill)
             spread = point["loss_range"]
             axes.plot([size, size], [spread["low"], spread["high"]], color=colour, linewidth=1.2)
-        axes.annotate(label, (sizes[0], points[0]["loss"]), xytext=(5, 5), textcoords="offset points", color=colour)
+        last = sizes[0] == max(point["state_bytes"] for point in results.values()) / 1e6
+        offset = (-5 if last else 5, -13 if method in _BELOW_ITS_POINT else 5)
+        axes.annotate(
+            label, (sizes[0], points[0]["loss"]), xytext=offset, textcoords="offset points", color=colour,
+            horizontalalignment="right" if last else "left",
+        )  # fmt: skip
     ranks = f"r = {settings['rank']}, open: {settings['lower_rank']}"
-    axes.set(xlabel=f"MB of optimizer state ({ranks})", ylabel="held-out loss")
+    axes.set(xlabel=f"MB of optimizer state ({ranks})", ylabel="held-out loss, nats a byte")
     axes.margins(x=0.25)

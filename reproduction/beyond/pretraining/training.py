@@ -15,21 +15,28 @@ from rankwise.optimizers.jagged_schedule import cosine_factor, jagged
 from reproduction.beyond.pretraining.corpus import corpus, random_rows, spread_rows
 
 Settings = dict[str, Any]
+Groups = list[dict[str, Any]]
 
 
 class Run(NamedTuple):
     """Everything that a run depends on besides the study's settings.
 
-    ``part`` is "tuning" or "held_out": what its losses are taken on.
+    Attributes:
+        rate: of the hidden matrices, or of what stands in for them.
+        other_rate: of embeddings, output head and norms, which AdamW trains in full whatever the method.
+        warm_rate: of the hidden matrices while a warm start lasts.
+        part: "tuning" or "held_out": what its losses are taken on.
     """
 
     corpus: str
     method: str
     rank: int
     rate: float
+    other_rate: float
     seed: int
     tokens: int
     part: str
+    warm_rate: float = 0.0
 
 
 class Trained(NamedTuple):
@@ -44,9 +51,10 @@ class Trained(NamedTuple):
 def small_llama(settings: Settings, seed: int) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=settings["vocabulary"], hidden_size=settings["width"], intermediate_size=settings["inner_width"],
+        vocab_size=256, hidden_size=settings["width"], intermediate_size=settings["inner_width"],
         num_hidden_layers=settings["layers"], num_attention_heads=settings["heads"],
         max_position_embeddings=settings["length"], tie_word_embeddings=False,
+        attn_implementation="eager",  # the faster one on CPUs, at such lengths
     ))  # fmt: skip
 
 
@@ -66,7 +74,7 @@ def measured_run(run: Run, settings: Settings) -> dict[str, Any]:
 
 def train(run: Run, settings: Settings) -> Trained:
     """Every method sees the same batches in the same order, under one schedule: up over a tenth, then a cosine down to a tenth."""
-    text = corpus(run.corpus, settings["vocabulary"])
+    text = corpus(run.corpus)
     per_step = settings["rows"] * settings["length"]
     steps = run.tokens // per_step
     held_out = spread_rows(getattr(text, run.part), settings["looked_at_rows"], settings["length"])
@@ -78,7 +86,7 @@ def train(run: Run, settings: Settings) -> Trained:
         rows = random_rows(text.train, settings["rows"], settings["length"], generator)
         trainer.before(step)
         for group in trainer.optimizer.param_groups:
-            group["lr"] = run.rate * trainer.factor(step)
+            group["lr"] = group["highest_lr"] * trainer.factor(step)
         _loss(trainer.model, rows).backward()
         nn.utils.clip_grad_norm_(trainer.model.parameters(), settings["max_norm"])
         trainer.optimizer.step()
@@ -107,13 +115,17 @@ def _loss(model: nn.Module, rows: Tensor) -> Tensor:
 
 
 class _FullSize:
-    """AdamW, or an optimizer of its interface, on every weight."""
+    """An optimizer of every weight."""
 
-    def __init__(self, model: LlamaForCausalLM, run: Run, settings: Settings, steps: int, optimizer: Any = None):
+    def __init__(self, model: LlamaForCausalLM, run: Run, settings: Settings, steps: int):
         self.model: nn.Module = model
-        self.optimizer: torch.optim.Optimizer = optimizer or _adamw(model)
+        self.optimizer = self.make_optimizer(_groups(model, run), run, settings)
         self.factor: Callable[[int], float] = _cosine(steps)
         self.state_bytes = 0
+
+    def make_optimizer(self, groups: Groups, run: Run, settings: Settings) -> torch.optim.Optimizer:
+        """AdamW, which takes no notice of a group's rank."""
+        return torch.optim.AdamW(groups, weight_decay=0.0)
 
     def before(self, step: int) -> None:
         """What a method does between two steps."""
@@ -123,16 +135,30 @@ class _FullSize:
         self.state_bytes = max(self.state_bytes, sum(tensor.nbytes for tensor in _tensors(self.optimizer)))
 
 
+class _Galore(_FullSize):
+    def make_optimizer(self, groups: Groups, run: Run, settings: Settings) -> torch.optim.Optimizer:
+        return GaLoreAdamW(groups, refresh_every=settings["refresh_every"])
+
+
+class _AdaRankGrad(_FullSize):
+    def make_optimizer(self, groups: Groups, run: Run, settings: Settings) -> torch.optim.Optimizer:
+        return AdaRankGrad(groups, refresh_every=settings["refresh_every"], energy=settings["energy"])
+
+
 class _Lora(_FullSize):
     """A LoRA on every hidden matrix; embeddings, head and norms are trained in full, as ReLoRA's authors do."""
 
     def __init__(self, model: LlamaForCausalLM, run: Run, settings: Settings, steps: int):
-        hidden, *others = model_param_groups(model, rank=run.rank)
+        hidden, *others = _groups(model, run)
         layers = [name.removesuffix(".weight") for name in hidden["param_names"]]
-        adapted = get_peft_model(model, LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=layers))
+        adapted: nn.Module = get_peft_model(model, LoraConfig(r=run.rank, lora_alpha=run.rank, target_modules=layers))
+        factors = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
         for parameter in (parameter for group in others for parameter in group["params"]):
             parameter.requires_grad_(True)
-        super().__init__(adapted, run, settings, steps)  # type: ignore[arg-type]  # a PeftModel stands for its model
+        groups = [{"params": factors, "highest_lr": run.rate}]
+        groups += [{"params": group["params"], "highest_lr": run.other_rate} for group in others]
+        self.model, self.factor, self.state_bytes = adapted, _cosine(steps), 0
+        self.optimizer = self.make_optimizer(groups, run, settings)
 
 
 class _Relora(_Lora):
@@ -152,7 +178,7 @@ class _WarmRelora(_FullSize):
     """AdamW on every weight in the first quarter, ReLoRA from there."""
 
     def __init__(self, model: LlamaForCausalLM, run: Run, settings: Settings, steps: int):
-        super().__init__(model, run, settings, steps)
+        super().__init__(model, run._replace(rate=run.warm_rate), settings, steps)
         self.every, self.factor = _cycles(steps, settings)
         self.begin = partial(_Relora, model, run, settings, steps)
         self.relora: _Relora | None = None
@@ -165,30 +191,21 @@ class _WarmRelora(_FullSize):
             self.relora.before(step)
 
 
-def _galore(model: LlamaForCausalLM, run: Run, settings: Settings, steps: int) -> _FullSize:
-    groups = model_param_groups(model, rank=run.rank, scale=settings["scale"])
-    optimizer = GaLoreAdamW(groups, refresh_every=settings["refresh_every"])
-    return _FullSize(model, run, settings, steps, optimizer)
-
-
-def _adarankgrad(model: LlamaForCausalLM, run: Run, settings: Settings, steps: int) -> _FullSize:
-    groups = model_param_groups(model, rank=run.rank, scale=settings["scale"])
-    optimizer = AdaRankGrad(groups, refresh_every=settings["refresh_every"], energy=settings["energy"])
-    return _FullSize(model, run, settings, steps, optimizer)
-
-
 _METHODS: dict[str, Callable[[LlamaForCausalLM, Run, Settings, int], _FullSize]] = {
     "adamw": _FullSize,
-    "galore": _galore,
-    "adarankgrad": _adarankgrad,
+    "galore": _Galore,
+    "adarankgrad": _AdaRankGrad,
     "lora": _Lora,
     "relora": _Relora,
     "relora_warm": _WarmRelora,
 }
 
 
-def _adamw(model: nn.Module) -> torch.optim.AdamW:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], weight_decay=0.0)
+def _groups(model: LlamaForCausalLM, run: Run) -> Groups:
+    """The hidden matrices, the other ones, and the norms."""
+    groups = model_param_groups(model, rank=run.rank)
+    rates = [run.rate] + [run.other_rate] * (len(groups) - 1)
+    return [{**group, "highest_lr": rate} for group, rate in zip(groups, rates, strict=True)]
 
 
 def _cosine(steps: int) -> Callable[[int], float]:

@@ -321,7 +321,7 @@ class _Run:
                 "stopped_early": stopping.stopped,
             }
             self._say(f"kept the adapter of step {stopping.best_step}, the best on {len(self.split.validation)} rows")
-        require_finite(model, settings)
+        require_finite(model, optimizer, settings)
         return found
 
     def _early_stopping(self, recorder: RunRecorder) -> EarlyStopping | None:

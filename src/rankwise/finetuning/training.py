@@ -200,12 +200,18 @@ def quiet_trainer():  # type: ignore[no-untyped-def]
         yield
 
 
-def require_finite(model: nn.Module, settings: FinetuneSettings) -> None:
+def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, settings: FinetuneSettings) -> None:
     """Refuse a diverged model.
 
     Raises:
-        UserError: a trained parameter is NaN or infinite.
+        UserError: a trained parameter is NaN or infinite, or the optimizer kept it from being so by leaving updates out.
     """
+    skipped = getattr(optimizer, "skipped_updates", lambda: 0)()
+    if skipped:
+        raise UserError(
+            f"training diverged: {skipped} updates were left out, whose gradients held NaN or infinite numbers; lower --lr "
+            f"(it was {settings.learning_rate:g})"
+        )
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise UserError(
             f"training diverged: the adapter holds NaN or infinite numbers; lower --lr (it was {settings.learning_rate:g})"

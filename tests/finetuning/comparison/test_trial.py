@@ -262,6 +262,7 @@ def test_none_is_the_pretrained_model(tiny: SimpleNamespace, tmp_path: Path) -> 
         *((task, steps, "lora") for task in ("pairs", "classes", "ratings") for steps in (1, 3)),
         ("classes", 1, "deep-lora:train"),
         ("pairs", 3, "deep-lora:train"),
+        ("classes", 3, "lora-rite"),
     ],
 )
 def test_a_run_that_diverges_is_a_failed_row(

@@ -244,7 +244,7 @@ def _train(model: nn.Module, task: Task, settings: FinetuneSettings, train: list
         start = time.perf_counter()
         trainer.train()
         seconds = (time.perf_counter() - start) / settings.steps
-    require_finite(model, settings)
+    require_finite(model, optimizer, settings)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return round(seconds, 5), {"final_loss": float(np.mean(losses[-10:])) if losses else None}
 
