@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from rankwise.optimizers.factor_pairs import lora_pairs
-from rankwise.optimizers.lora_rite import LoraRite, factor_basis, inverse_root, lorarite_param_groups
+from rankwise.optimizers.lora_rite import LoraRite, lorarite_param_groups
+from rankwise.optimizers.rite_moments import factor_basis, inverse_root
 from rankwise.testing.optimizer_contract import OptimizerContract
 from tests.tiny_models import Mlp, tiny_bert, token_batch
 
