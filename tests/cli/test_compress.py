@@ -112,8 +112,8 @@ def test_tasks_are_scored_with_labels(given: Path, tmp_path: Path) -> None:
 def test_a_model_can_be_compressed_without_any_text_and_without_matplotlib(
     given: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "rankwise.diagnostics.plots", None)
-    monkeypatch.delattr("rankwise.diagnostics.plots", raising=False)
+    monkeypatch.delitem(sys.modules, "rankwise.compression_runs.report", raising=False)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     out = tmp_path / "small"
     more = ("--energy", 0.6, "--include", "attention,intermediate.dense", "--exclude", "layer.1")
     assert compress(given, out, "bert", *more) == 0
@@ -222,7 +222,7 @@ def test_a_name_that_looks_like_markup_is_a_name(given: Path, tmp_path: Path) ->
 def test_an_infinite_perplexity_is_null_and_said(
     given: Path, tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rankwise.compression.perplexity", lambda model, windows: math.inf)
+    monkeypatch.setattr("rankwise.compression_runs.scores.perplexity", lambda model, windows: math.inf)
     more = ("--eval", given / "test.txt", "--max-length", 16, "--rank", 4)
     assert compress(given, tmp_path / "new", "llama", *more) == 0
     said = " ".join(capsys.readouterr().err.split())
