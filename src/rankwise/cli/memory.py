@@ -107,7 +107,8 @@ def _skeleton(name: str) -> tuple[Any, Any]:
     import transformers
     from transformers import AutoConfig, AutoModel
 
-    from rankwise.compression.saving import described_layers, model_class, put_layers, reason_of
+    from rankwise.compression.layer_list import described_layers, put_layers
+    from rankwise.compression.pretrained import model_class, reason_of
     from rankwise.finetuning import efficientnet_lite
     from rankwise.finetuning.models import model_source
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from rankwise.compression.calibration import MEMORY, Batches, SecondMoments
 from rankwise.compression.factorize import Factorization, FactorizedLayer, factorize_model, parameter_bytes
 from rankwise.compression.factors import DAMPING, balanced_factors, output_directions, require_damping
+from rankwise.compression.layer_list import record_layers, share_right
 from rankwise.compression.low_rank_layers import LowRankLinear, require_rank
 from rankwise.compression.model_layers import MatrixLayer, layers_of, replace_layer, require_values
 from rankwise.compression.rank_profile import LayerProfile, Progress, errors_about
-from rankwise.compression.saving import record_layers, share_right
 
 # (query, key, value) as the families of transformers call them
 _NAMES = (

@@ -8,11 +8,11 @@ from torch import nn
 
 from rankwise.compression.calibration import MEMORY, Batches, SecondMoments, read_again
 from rankwise.compression.factors import DAMPING, balanced_factors, output_directions, require_damping
+from rankwise.compression.layer_list import record_layers
 from rankwise.compression.low_rank_layers import LowRankConv2d, LowRankLinear, require_rank
 from rankwise.compression.model_layers import is_named, layers_of, replace_layer, require_values
 from rankwise.compression.rank_profile import LayerProfile, Progress, RankProfile, errors_about, rank_profile
 from rankwise.compression.rank_rules import RankRule, highest_paying_rank, kept_weights, ranks_for_energy
-from rankwise.compression.saving import record_layers
 from rankwise.model_structure import Names, is_called
 
 

@@ -8,7 +8,7 @@ alone is enough; of any other model ``factorization.json`` does. transformers it
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,49 +16,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rankwise.compression.low_rank_layers import LowRankConv2d, LowRankLinear
-from rankwise.compression.model_layers import (
-    ConvolutionMatrix,
-    LinearMatrix,
-    MatrixLayer,
-    TransposedMatrix,
-    replace_layer,
+from rankwise.compression.layer_list import (
+    CONFIG_KEY,
+    describe_layers,
+    described_layers,
+    put_layers,
+    record_layers,
+    shared_factors,
 )
+from rankwise.compression.model_layers import replace_layer
+from rankwise.compression.pretrained import model_class, reason_of, require_all_tensors
 from rankwise.files import replacing_folder, save_tensors, write_json
-from rankwise.model_structure import conv1d_types
 
-FORMAT_VERSION = 1
-_KEY, _OWN_CONFIG, _CONFIG, _WEIGHTS = "rankwise", "factorization.json", "config.json", "model.safetensors"
-
-Description = dict[str, Any]
-
-
-def record_layers(model: nn.Module) -> None:
-    """Write the low-rank layers of a transformers model into its config, where ``save_pretrained`` takes them from."""
-    config = getattr(model, "config", None)
-    if hasattr(model, "save_pretrained") and config is not None:
-        setattr(config, _KEY, describe_layers(model))
-
-
-def describe_layers(model: nn.Module) -> Description:
-    """Where low-rank layers stand, of what rank, and which share their ``right``, as plain JSON values."""
-    layers: dict[str, dict[str, Any]] = {}
-    owner: dict[int, str] = {}
-    for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, LowRankConv2d):
-            layers[name] = {"rank": module.rank}
-        elif isinstance(module, LowRankLinear):
-            first = owner.setdefault(id(module.right), name)
-            shared = first != name and model.get_submodule(first) is not module
-            layers[name] = {"rank": module.rank} | ({"right_of": first} if shared else {})
-    return {"format_version": FORMAT_VERSION, "low_rank_layers": layers}
-
-
-def share_right(layer: LowRankLinear, with_layer: LowRankLinear) -> None:
-    """Let a layer use another's ``right``, as one parameter that is trained, moved and stored once."""
-    layer.right = with_layer.right
-    # transformers asks every module which of its parameters are another's before it saves
-    layer._tied_weights_keys = {"right": "right"}  # type: ignore[assignment]
+_OWN_CONFIG, _CONFIG, _WEIGHTS = "factorization.json", "config.json", "model.safetensors"
 
 
 def save_factorized(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -148,125 +118,6 @@ def load_factorized(folder: str | os.PathLike[str], model: nn.Module | None = No
     return _load_pretrained(path, options)
 
 
-def put_layers(model: nn.Module, description: Description) -> None:
-    """Put empty low-rank layers of the described ranks where they stand; the model may be on the meta device.
-
-    Raises:
-        ValueError: a layer that the model does not have, or that cannot have this rank.
-    """
-    layers = description["low_rank_layers"]
-    new: dict[int, nn.Module] = {}  # a layer that is used at several places is one layer again
-    for name, entry in layers.items():
-        try:
-            old = model.get_submodule(name)
-        except AttributeError:
-            raise ValueError(f"the model has no layer {name}; it is not of the architecture that was saved") from None
-        kind = _matrix_kind(old)
-        if kind is None and id(old) not in new:
-            raise ValueError(f"{name} is a {type(old).__name__} in this model, which has no low-rank form")
-        if kind is not None and id(old) not in new:
-            try:
-                new[id(old)] = kind(old, (name,)).skeleton(entry["rank"]).train(old.training)
-            except ValueError as error:
-                raise ValueError(f"{name}: {error}; the model is not of the architecture that was saved") from None
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, new[id(old)])
-    for name, source in _shared(layers):
-        layer, owner = model.get_submodule(name), model.get_submodule(source)
-        if not (isinstance(layer, LowRankLinear) and isinstance(owner, LowRankLinear)):
-            raise ValueError(f"{name} and {source} are no linear layers in this model and cannot share a factor")
-        if layer.right.shape != owner.right.shape:
-            raise ValueError(f"{name} cannot share the factor of {source}: {tuple(layer.right.shape)} is not its shape")
-        share_right(layer, owner)
-
-
-def described_layers(found: Any, file: Path) -> Description:
-    """What the "rankwise" of a config.json, or factorization.json, says of the layers, if it is of the form written here.
-
-    Raises:
-        ValueError: it is of another form, or of a newer rankwise.
-    """
-    if not isinstance(found, dict) or "low_rank_layers" not in found:
-        raise ValueError(
-            f"{file} lists no low-rank layers: the model in it is a dense one, or was not saved by rankwise"
-        )
-    version = found.get("format_version")
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"{file} has format_version {version!r}; this rankwise reads {FORMAT_VERSION}: install a newer one"
-        )
-    layers = found["low_rank_layers"]
-    fits = isinstance(layers, dict) and all(isinstance(entry, dict) for entry in layers.values())
-    fits = fits and all(
-        isinstance(entry.get("rank"), int) and ("right_of" not in entry or _owns(layers, entry["right_of"]))
-        for entry in layers.values()
-    )
-    if not fits:
-        raise ValueError(
-            f"{file} is damaged: its low_rank_layers are no list of layers with a rank; save the model again"
-        )
-    return found
-
-
-def model_class(architectures: Any) -> Any:
-    """The class of transformers that a config names first under "architectures"; None if it names no such class."""
-    import transformers
-
-    name = architectures[0] if isinstance(architectures, list) and architectures else None
-    found = getattr(transformers, name, None) if isinstance(name, str) else None
-    return found if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel) else None
-
-
-def reason_of(error: Exception) -> str:
-    """What an error of transformers says first, which is where it says it; a heading with the line below it."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return " ".join(lines[: 2 if lines[0].endswith(":") else 1])
-
-
-def require_all_tensors(source: str | os.PathLike[str], report: Mapping[str, Any], *, left_over: bool) -> None:
-    """Refuse what ``from_pretrained`` would fill in at random, by its ``output_loading_info``.
-
-    Args:
-        source: what the model was loaded from, for the message.
-        report: with ``ignore_mismatched_sizes``, or else it would have raised a text of its own.
-        left_over: whether tensors that the model has no place for are refused too.
-
-    Raises:
-        ValueError: tensors that are missing, of other shapes, or left over.
-    """
-    _require_none(source, "lack", report.get("missing_keys"))
-    if left_over:
-        _require_none(source, "have, unlike the model,", report.get("unexpected_keys"))
-    other = [(name, tuple(found), tuple(wanted)) for name, found, wanted in report.get("mismatched_keys") or ()]
-    _require_none(source, "have in another shape", [f"{name} ({a} instead of {b})" for name, a, b in other])
-
-
-def _require_none(source: str | os.PathLike[str], what: str, names: Iterable[str] | None) -> None:
-    found = sorted(names or ())
-    if found:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        raise ValueError(
-            f"the tensors in {source} {what} {', '.join(found[:3])}{more}; the files do not belong together, or one is damaged"
-        )
-
-
-def _shared(layers: Mapping[str, Mapping[str, Any]]) -> Iterable[tuple[str, str]]:
-    return [(name, entry["right_of"]) for name, entry in layers.items() if "right_of" in entry]
-
-
-def _matrix_kind(module: nn.Module) -> type[MatrixLayer] | None:
-    if type(module) is nn.Linear:
-        return LinearMatrix
-    if isinstance(module, conv1d_types()):
-        return TransposedMatrix
-    return ConvolutionMatrix if type(module) is nn.Conv2d else None
-
-
-def _owns(layers: Mapping[str, Mapping[str, Any]], name: Any) -> bool:
-    """Whether there is such a layer, with a ``right`` of its own that others may share."""
-    return isinstance(name, str) and name in layers and "right_of" not in layers[name]
-
-
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
@@ -323,7 +174,7 @@ def _require_same_tensors(path: Path, wanted: Mapping[str, Any], found: Mapping[
 def _load_pretrained(path: Path, options: dict[str, Any]) -> nn.Module:
     config_file = path / _CONFIG
     saved = _read_json(config_file)
-    description = described_layers(saved.get(_KEY) if isinstance(saved, dict) else None, config_file)
+    description = described_layers(saved.get(CONFIG_KEY) if isinstance(saved, dict) else None, config_file)
     named = saved.get("architectures")
     base: Any = model_class(named)
     if base is None:
@@ -334,7 +185,7 @@ def _load_pretrained(path: Path, options: dict[str, Any]) -> nn.Module:
         put_layers(self, description)
         # what from_pretrained ties once it has read the tensors
         self.all_tied_weights_keys |= {
-            f"{n}.right": f"{source}.right" for n, source in _shared(description["low_rank_layers"])
+            f"{n}.right": f"{source}.right" for n, source in shared_factors(description["low_rank_layers"])
         }
 
     # built like the original, with its layers replaced before from_pretrained reads the tensors: sharded files, dtypes and

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from rankwise.compression import load_factorized
-from rankwise.compression.saving import model_class, reason_of, require_all_tensors
+from rankwise.compression.pretrained import model_class, reason_of, require_all_tensors
 from rankwise.compression_runs.settings import PAIRS, CompressionSettings
 from rankwise.errors import UserError
 from rankwise.finetuning import efficientnet_lite
