@@ -54,6 +54,8 @@ def _verdict(result: dict[str, Any]) -> str:
         f"{100 * result['share']:.1f} % of the weights of {len(result['layers'])} layers kept, {cut} of them as pairs; "
         f"{result['bytes_before'] / 1e6:.1f} MB of parameters became {result['bytes_after'] / 1e6:.1f} MB. "
     )
+    texts = result["calibration_texts"]
+    said += f"Calibrated on {texts} texts. " if texts else "Not calibrated: see --calibrate. "
     if result["metric"] is None:
         return said + "Nothing was scored: give --calibrate or --eval."
     before, after = shown(result["before"]), shown(result["after"])
