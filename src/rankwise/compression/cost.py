@@ -141,8 +141,8 @@ def estimate_cost(
         the order of registration for a number, in the forward pass for a batch.
 
     Raises:
-        ValueError: not a positive number; a batch that the model cannot be called with; a forward pass that looks at values; a sequence length for a model whose
-            configuration does not say how many heads it has.
+        ValueError: not a positive number; a batch that the model cannot be called with; a forward pass that looks at values;
+            a sequence length for a model whose configuration does not say how many heads it has.
 
     Example:
         >>> from torch import nn

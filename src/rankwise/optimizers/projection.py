@@ -9,7 +9,7 @@ from rankwise.optimizers.matricize import Geometry
 def project(A: Tensor, P: Tensor) -> Tensor:
     """R = PᵀA: (c, o) in the basis (c, r) is (r, o).
 
-    Computed as (AᵀP)ᵀ: its long side comes first, which BLAS splits over two threads, in up to 0.7 of the time.
+    Computed as (AᵀP)ᵀ: its long side comes first, which BLAS splits better over threads.
     """
     return (A.mT @ P).mT.contiguous()
 
