@@ -128,6 +128,8 @@ def test_links_between_pages_lead_somewhere() -> None:
         ("docs/theory.md", 1),
         ("docs/compression.md", 10),
         ("docs/galore.md", 10),
+        ("docs/lora-rite.md", 10),
+        ("docs/lora-plus.md", 8),
     ],
 )
 def test_numbers_are_those_of_the_committed_results(page: str, least: int) -> None:
