@@ -26,7 +26,7 @@ ADAPTERS = [name for name, method in METHODS.items() if method.offered]
 # High enough to move a tiny random model in so few steps. Its weights are a tenth of a pretrained model's: what turns or scales
 # them has to do so ten times as far.
 RATES = {
-    "full": 3e-3, "full-width": 6e-3, "deep-lora": 1e-2, "lora-plus": 3e-3, "lora-fa": 6e-2, "lora-rite": 1e-1, "relora": 3e-2, "olora": 2.5e-2, "mica": 3e-2,
+    "full": 3e-3, "galore": 3e-3, "adarankgrad": 1e-2, "full-width": 6e-3, "deep-lora": 1e-2, "lora-plus": 3e-3, "lora-fa": 6e-2, "lora-rite": 1e-1, "relora": 3e-2, "olora": 2.5e-2, "mica": 3e-2,
     "velora": 2.5e-2, "adalora": 1e-1, "delora": 3e-1, "hira": 3e-1, "deft": 2.5e-2, "adamss": 3e-2, "loha": 3e-2,
     "lokr": 3e-2, "peanut": 6e-2, "vera": 1e-1, "pvera": 1e-1, "randlora": 3e-3, "vblora": 3e-2, "tinylora": 1e-1,
     "osf": 1e-1, "psoft": 3e-1, "oft": 3e-2, "boft": 3e-1, "hra": 3e-2, "road": 5e-1, "ia3": 5e-1, "frod": 3e-1,

@@ -35,7 +35,7 @@ from rankwise.finetuning.methods import (
     learning_rate_grid,
 )
 from rankwise.finetuning.tasks import Task
-from rankwise.optimizers.lora_rite import LoraRite
+from rankwise.optimizers import AdaRankGrad, GaLoreAdamW, LoraRite
 from tests.finetuning.method_runs import (
     ADAPTERS,
     HEAD_LR,
@@ -55,7 +55,7 @@ from tests.finetuning.method_runs import (
 
 PAGE = Path(__file__).parents[2] / "docs" / "methods.md"
 # tried on both kinds of task in every test run; the others with a head, and without one in the slow tests
-NEAR = ("deep-lora", "lora", "lora-plus", "lora-rite", "relora", "rslora", "dora", "pissa", "adalora", "vera", "full-width", "full", "none")  # fmt: skip
+NEAR = ("deep-lora", "lora", "lora-plus", "lora-rite", "relora", "rslora", "dora", "pissa", "adalora", "vera", "full-width", "full", "galore", "adarankgrad", "none")  # fmt: skip
 ALL = [
     pytest.param((kind, method), marks=() if kind == "classification" or method in NEAR else pytest.mark.slow)
     for kind in KINDS
@@ -65,6 +65,7 @@ ALL = [
 TRAINS = [
     pytest.param(method, marks=() if method in NEAR else pytest.mark.slow) for method in METHODS if method != "none"
 ]
+OPTIMIZERS = {"lora-rite": LoraRite, "galore": GaLoreAdamW, "adarankgrad": AdaRankGrad}
 # What is exact but for float32's rounding: norms divided by and multiplied back, parts that cancel.
 ROUNDED = {"dora": 2e-6, **dict.fromkeys(
     ("lora-orthogonal", "pissa", "olora", "corda", "lora-ga", "deft", "hra", "frod"), 1e-6
@@ -152,7 +153,7 @@ def test_the_head_learns_at_its_own_rate(run: SimpleNamespace) -> None:
 
 
 def test_adam_is_as_the_settings_say(run: SimpleNamespace) -> None:
-    assert isinstance(run.optimizer, LoraRite if run.method == "lora-rite" else torch.optim.AdamW)
+    assert isinstance(run.optimizer, OPTIMIZERS.get(run.method, torch.optim.AdamW))
     for group in run.groups:
         assert group["eps"] == run.settings.epsilon
         assert group["weight_decay"] == 0.0
@@ -165,10 +166,10 @@ def test_what_is_not_trained_does_not_move(run: SimpleNamespace) -> None:
         assert moved == [name for name in still if name.endswith("base_layer.weight")]
         return
     assert not moved
-    assert run.method == "full" or still
+    assert METHODS[run.method].every_weight or still
 
 
-@only(*(method for method in METHODS if method not in ("full", "relora")))
+@only(*(method for method in METHODS if not METHODS[method].every_weight and method != "relora"))
 def test_the_pretrained_weights_are_there_unchanged(run: SimpleNamespace) -> None:
     """Of PiSSA and its kin too, which PEFT lets take a part out of them; KaSA's least directions are gone."""
     kept = {original_name(name): value for name, value in run.after.items() if name not in run.trainable}
@@ -189,9 +190,9 @@ def left_out(run: SimpleNamespace) -> str:
 def test_something_of_every_trained_kind_moves(run: SimpleNamespace) -> None:
     """All of it, but where no gradient flows: the pooler that the pair loss does not use."""
     unreached = {name for name in run.trainable if run.kind == "pair-similarity" and "pooler" in name}
-    assert run.method == "full" or not unreached
+    assert METHODS[run.method].every_weight or not unreached
     still = [n for n in run.trainable - unreached if torch.equal(run.before[n], run.after[n])]
-    if run.method == "full":  # words that the two rows lack, and no gradient through softmax's shift
+    if METHODS[run.method].every_weight:  # words that the two rows lack, and no gradient through softmax's shift
         still = [name for name in still if "embeddings" not in name and not name.endswith("key.bias")]
     if run.method == "glora":  # neither through what shifts the keys (C, E) or scales biases that are 0 (D)
         still = [name for name in still if ".key.glora_" not in name and "glora_D" not in name]
@@ -586,7 +587,14 @@ def test_a_method_is_what_it_says_it_is(tiny: SimpleNamespace, tasks: dict[str, 
 
 
 def test_what_finetune_does_not_offer_says_why() -> None:
-    assert {name for name, method in METHODS.items() if not method.offered} == {"relora", "full-width", "full", "none"}
+    assert {name for name, method in METHODS.items() if not method.offered} == {
+        "relora",
+        "full-width",
+        "full",
+        "galore",
+        "adarankgrad",
+        "none",
+    }
     for method in METHODS.values():
         assert method.offered == (not method.why_not)
         assert method.config is not None or not method.offered

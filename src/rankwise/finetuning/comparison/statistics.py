@@ -42,6 +42,8 @@ _LABELS = {
     "lora-riemannian": "Riemannian LoRA",
     "deep-lora": "Deep LoRA",
     "full": "full fine-tuning",
+    "galore": "GaLore",
+    "adarankgrad": "AdaRankGrad",
 }
 
 

@@ -263,7 +263,7 @@ def _ranks(model: nn.Module, settings: FinetuneSettings) -> dict[str, Any]:
 
 
 def _shipped_bytes(model: nn.Module, settings: FinetuneSettings) -> int:
-    """Bytes of the files one would ship: for Deep LoRA the exported LoRA, for the full model and ReLoRA the weights."""
+    """Bytes of the files one would ship: for Deep LoRA the exported LoRA, where the weights themselves are trained, those."""
     from peft import PeftModel
 
     if settings.method == "relora":

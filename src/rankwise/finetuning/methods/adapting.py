@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def adapt(model: nn.Module, task: "Task", settings: "FinetuneSettings") -> nn.Module:
     """Make the model trainable as the settings' method does: adapters on every layer of :func:`adapted_layers`.
 
-    ``none`` trains the head alone and ``full`` everything. A head is trained with every method, unless
+    ``none`` trains the head alone; ``full``, ``galore`` and ``adarankgrad`` everything. A head is trained with every method, unless
     ``settings.head`` is ``frozen``.
 
     Raises:
@@ -134,7 +134,7 @@ def _target(model: nn.Module, task: "Task", settings: "FinetuneSettings") -> Tar
 def _without_adapter(model: nn.Module, task: "Task", settings: "FinetuneSettings") -> nn.Module:
     head = head_parameters(model, task)
     layers = adapted_layers(model, task)
-    model.requires_grad_(settings.method == "full")
+    model.requires_grad_(METHODS[settings.method].every_weight)
     if settings.method == "full-width":
         if not all(isinstance(layer, nn.Linear) for layer in layers.values()):
             raise UserError("--method full-width stands beside nn.Linear layers only, and this model has other ones")

@@ -59,6 +59,7 @@ class Method:
         start: what is done to the adapter once it is in the model.
         prepare: what the start needs of the data, before the first step.
         optimizer: other than AdamW over everything.
+        every_weight: whether the model's own weights are trained, without an adapter.
         penalty: added to the loss.
         callback: what has to be told while training.
     """
@@ -73,6 +74,7 @@ class Method:
     start: Start | None = None
     prepare: Preparation | None = None
     optimizer: Optimizer | None = None
+    every_weight: bool = False
     penalty: Callable[[nn.Module], Tensor] | None = None
     callback: Callable[[], TrainerCallback] | None = None
 

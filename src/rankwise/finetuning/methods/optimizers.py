@@ -7,14 +7,18 @@ import torch
 from torch import Tensor, nn
 
 from rankwise.adapters import create_deeplora_optimizer
+from rankwise.optimizers.adarankgrad import AdaRankGrad
+from rankwise.optimizers.galore import GaLoreAdamW
 from rankwise.optimizers.lora_rite import LoraRite, lorarite_param_groups
 from rankwise.optimizers.loraplus import loraplus_param_groups
+from rankwise.optimizers.param_groups import model_param_groups
 
 if TYPE_CHECKING:
     from rankwise.finetuning.settings import FinetuneSettings
 
 LORA_PLUS_RATIO = 16.0  # the LoRA+ paper's recommendation: B learns sixteen times as fast as A
 LOGITS_RATIO = 10.0  # VB-LoRA's logits over its vectors: usually 1e-2 and 1e-3
+SUBSPACES = 4  # of a run, one after the other: GaLore's usual 200 steps are the whole of one
 _FA_DAMPING = 1e-8  # PEFT's, of AAᵀ
 
 
@@ -37,6 +41,16 @@ def lora_rite(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, An
     """LoRA-RITE (Yen et al. 2024), and its AdamW for the head."""
     groups = lorarite_param_groups(model, lr=adam["lr"], head_lr=settings.head_lr)
     return LoraRite(groups, lr=adam["lr"], eps=adam["eps"], weight_decay=adam["weight_decay"])
+
+
+def galore(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """GaLore (Zhao et al. 2024) at the settings' rank; embeddings, norms and the head at full size."""
+    return _projected_optimizer(GaLoreAdamW, model, settings, adam)
+
+
+def adarankgrad(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
+    """AdaRankGrad (Refael et al. 2024); the settings' rank is the most that it may take."""
+    return _projected_optimizer(AdaRankGrad, model, settings, adam)
 
 
 def riemannian(model: Any, settings: "FinetuneSettings", adam: dict[str, Any]) -> torch.optim.Optimizer:
@@ -69,6 +83,16 @@ def vb_lora(model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]
     logits = [p for name, p in trained if "vblora_logits" in name]
     others = [p for name, p in trained if "vblora_logits" not in name]
     return torch.optim.AdamW([{"params": others}, {"params": logits, "lr": LOGITS_RATIO * adam["lr"]}], **adam)
+
+
+def _projected_optimizer(
+    kind: type[GaLoreAdamW | AdaRankGrad], model: nn.Module, settings: "FinetuneSettings", adam: dict[str, Any]
+) -> torch.optim.Optimizer:
+    groups = model_param_groups(model, rank=settings.r)
+    for group in groups:
+        del group["param_names"]  # the head's group has none, and torch wants them for all groups or for no group
+    chosen = {name: adam[name] for name in ("lr", "eps", "weight_decay")}
+    return kind(groups, **chosen, rank=None, refresh_every=max(1, settings.steps // SUBSPACES))
 
 
 @torch.no_grad()

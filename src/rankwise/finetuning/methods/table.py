@@ -214,6 +214,20 @@ METHODS: dict[str, Method] = {
     "full-width": Method(
         "Deep LoRA's factors before compression (ICML 2024, Table 1)", 1e-4, adam_eps=1e-6, why_not=_STUDY
     ),
-    "full": Method("every weight", 3e-5, why_not=_STUDY),
+    "full": Method("every weight", 3e-5, why_not=_STUDY, every_weight=True),
+    "galore": Method(
+        "every weight, with AdamW in a subspace of each matrix's gradient",
+        1e-4,
+        why_not=_STUDY,
+        optimizer=optimizers.galore,
+        every_weight=True,
+    ),
+    "adarankgrad": Method(
+        "every weight, in subspaces as small as the gradient allows",
+        1e-4,
+        why_not=_STUDY,
+        optimizer=optimizers.adarankgrad,
+        every_weight=True,
+    ),
     "none": Method("the unadapted model; its head alone is trained, where it has one", 1e-3, why_not=_STUDY),
 }
