@@ -217,14 +217,14 @@ METHODS: dict[str, Method] = {
     "full": Method("every weight", 3e-5, why_not=_STUDY, every_weight=True),
     "galore": Method(
         "every weight, with AdamW in a subspace of each matrix's gradient",
-        1e-4,
+        1e-4,  # over AdamW's about as in reproduction/beyond/pretraining; AdaRankGrad's too
         why_not=_STUDY,
         optimizer=optimizers.galore,
         every_weight=True,
     ),
     "adarankgrad": Method(
         "every weight, in subspaces as small as the gradient allows",
-        1e-4,
+        2e-4,
         why_not=_STUDY,
         optimizer=optimizers.adarankgrad,
         every_weight=True,
