@@ -133,3 +133,39 @@ def test_the_lowest_loss_on_the_tuning_part_chooses_the_rate(monkeypatch: pytest
     assert {trial.part for trial in asked} == {"tuning"}
     assert {trial.other_rate for trial in asked[3:]} == {2e-2}
     assert {trial.warm_rate for trial in asked if trial.method == "relora_warm"} == {3e-3}
+
+
+def test_longer_runs_have_their_rates_tuned_at_their_own_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Run] = []
+
+    def made_up(runs: list[Run], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        asked.extend(runs)
+        return iter([{"losses": [9.0, abs(trial.rate - (1e-3 if trial.method == "adamw" else 1.0))]} for trial in runs])
+
+    monkeypatch.setattr(run, "_all_of", made_up)
+    settings = {**SETTINGS, "longer": {"tokens": 999, "methods": ["adamw", "lora"]}, "widenings": 1}
+    best, losses = run._tuned_longer(settings, {"other": 2e-2, "adamw": 1e-3, "lora": 0.2, "galore": 0.3}, seed=0)
+    assert best == {"other": 2e-2, "adamw": 1e-3, "lora": 0.8}
+    assert sorted(losses["lora"]) == ["0.1", "0.2", "0.4", "0.8"]
+    assert {(trial.tokens, trial.part, trial.other_rate, trial.corpus) for trial in asked} == {
+        (999, "tuning", 2e-2, "tinyshakespeare")
+    }
+
+
+def test_longer_runs_are_compared_with_adamw_of_the_same_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    def made_up(runs: list[Run], settings: dict[str, Any]) -> list[dict[str, Any]]:
+        losses = {"adamw": 1.0, "lora": 1.5}
+        return [
+            {"losses": [9.0, losses.get(trial.method, 2.0) - trial.tokens / 1e6 + trial.rate], "tokens": [0, trial.tokens],
+             "state_bytes": 1, "trainable": 1}
+            for trial in runs
+        ]  # fmt: skip
+
+    monkeypatch.setattr(run, "_all_of", made_up)
+    settings = {**SETTINGS, "tokens": 100_000, "longer": {"tokens": 900_000, "methods": ["adamw", "lora"]}}
+    results = run.measure(settings, seed=0)["results"]
+    assert results["longer"]["rates"] == {"other": 1e-2, "adamw": 1.5e-3, "lora": 1.5e-3}  # half the short runs' best
+    assert results["longer"]["adamw"]["loss"] == pytest.approx(0.1 + 1.5e-3)
+    assert results["longer"]["lora"]["above_adamw"] == pytest.approx(0.5)
+    assert results["tinyshakespeare"]["lora"]["above_adamw"] == pytest.approx(0.5)
+    assert results["tinyshakespeare"]["adamw"]["loss"] == pytest.approx(0.9 + 3e-3)

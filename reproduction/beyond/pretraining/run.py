@@ -6,8 +6,9 @@ on equal tokens of two texts, its learning rate tuned alike.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,14 @@ _PAPER: dict[str, Any] = {
     "widenings": 3,
     "processes": 2,
 }
-_DESK: dict[str, Any] = {**_PAPER, "tokens": 300_000, "tuning_tokens": 150_000, "seeds": 3}
+_DESK: dict[str, Any] = {
+    **_PAPER,
+    "tokens": 300_000,
+    "tuning_tokens": 150_000,
+    "seeds": 3,
+    # some methods again on the first corpus over more of it, their rates tuned at that length from the short runs' best on
+    "longer": {"tokens": 1_000_000, "methods": ["adamw", "galore", "lora", "relora"]},
+}
 _SMALL: dict[str, Any] = {
     **_DESK,
     "corpora": ["tinyshakespeare"],
@@ -81,6 +89,7 @@ _SMALL: dict[str, Any] = {
     "refresh_every": 10,
     "other_rates": [1e-2, 3e-2],
     "rates": {method: [3e-3, 1e-2] for method in _PAPER["rates"]},
+    "longer": {"tokens": 256 * 48, "methods": ["adamw", "lora"]},
     "processes": 0,
 }
 SCALES = {"paper": _PAPER, "desk": _DESK, "small": _SMALL}
@@ -100,12 +109,32 @@ _ELSEWHERE = {
     "rank",
     "lower_rank",
     "lower_ranks_of",
+    "longer",
 }
 
 
 def measure(settings: dict[str, Any], seed: int) -> dict[str, Any]:
     """Rates first, then every method on every corpus with every seed. What was interrupted goes on where it was."""
     rates, tuning = _tuned(settings, seed)
+    results: dict[str, Any] = {"rates": rates}
+    curves: dict[str, Any] = {"tuning": tuning}
+    wanted = {corpus: _entries(settings, corpus) for corpus in settings["corpora"]}
+    for corpus, trained in _trained(wanted, rates, settings["tokens"], settings, seed).items():
+        results[corpus], curves[corpus] = trained
+    if "longer" in settings:
+        longer_rates, curves["longer_tuning"] = _tuned_longer(settings, rates, seed)
+        methods, tokens = settings["longer"]["methods"], settings["longer"]["tokens"]
+        wanted = {settings["corpora"][0]: [(method, settings["rank"]) for method in methods]}
+        ((results["longer"], curves["longer"]),) = _trained(wanted, longer_rates, tokens, settings, seed).values()
+        results["longer"]["rates"] = longer_rates
+    return {"results": results, "curves": curves}
+
+
+def _trained(
+    wanted: dict[str, list[tuple[str, int]]], rates: dict[str, float], tokens: int, settings: dict[str, Any], seed: int
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """By corpus, what (method, rank) came to and its curves; all seeds of all of them side by side."""
+    trials = range(settings["seeds"])
     cells = {
         (corpus, method, rank, trial): Run(
             corpus,
@@ -114,33 +143,33 @@ def measure(settings: dict[str, Any], seed: int) -> dict[str, Any]:
             rates[method],
             rates["other"],
             1000 * seed + trial,
-            settings["tokens"],
+            tokens,
             "held_out",
             rates["adamw"] if method == "relora_warm" else 0.0,
         )
-        for corpus in settings["corpora"]
-        for method, rank in _entries(settings, corpus)
-        for trial in range(settings["seeds"])
+        for corpus, entries in wanted.items()
+        for method, rank in entries
+        for trial in trials
     }
     done = dict(zip(cells, _all_of(list(cells.values()), settings), strict=True))
-    results: dict[str, Any] = {"rates": rates}
-    curves: dict[str, Any] = {"tuning": tuning}
-    for corpus in settings["corpora"]:
-        results[corpus], curves[corpus] = {}, {}
-        for method, rank in _entries(settings, corpus):
-            runs = [done[corpus, method, rank, trial] for trial in range(settings["seeds"])]
-            full = [done[corpus, "adamw", settings["rank"], trial] for trial in range(settings["seeds"])]
+    found: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {}
+    for corpus, entries in wanted.items():
+        summaries, curves = found[corpus] = {}, {}
+        full = [done[corpus, "adamw", settings["rank"], trial] for trial in trials]
+        for method, rank in entries:
+            runs = [done[corpus, method, rank, trial] for trial in trials]
             name = _name(method, rank, settings)
-            results[corpus][name] = _summary(runs, full)
-            curves[corpus][name] = {"tokens": runs[0]["tokens"], "losses": [run["losses"] for run in runs]}
-    return {"results": results, "curves": curves}
+            summaries[name] = _summary(runs, full)
+            curves[name] = {"tokens": runs[0]["tokens"], "losses": [run["losses"] for run in runs]}
+    return found
 
 
-def _entries(settings: dict[str, Any], corpus: str) -> Iterator[tuple[str, int]]:
+def _entries(settings: dict[str, Any], corpus: str) -> list[tuple[str, int]]:
     """(method, rank): all at the rank, and on the first corpus some at the lower one."""
-    yield from ((method, settings["rank"]) for method in settings["rates"])
-    if corpus == settings["corpora"][0]:
-        yield from ((method, settings["lower_rank"]) for method in settings["lower_ranks_of"])
+    lower = settings["lower_ranks_of"] if corpus == settings["corpora"][0] else []
+    return [(method, settings["rank"]) for method in settings["rates"]] + [
+        (method, settings["lower_rank"]) for method in lower
+    ]
 
 
 def _name(method: str, rank: int, settings: dict[str, Any]) -> str:
@@ -164,21 +193,43 @@ def _summary(runs: list[dict[str, Any]], full: list[dict[str, Any]]) -> dict[str
 
 def _tuned(settings: dict[str, Any], seed: int) -> tuple[dict[str, float], dict[str, Any]]:
     """The best rates by the loss on the part of the first corpus that is for tuning, and all losses."""
-    corpus, rank, tokens = settings["corpora"][0], settings["rank"], settings["tuning_tokens"]
     rates = {method: list(tried) for method, tried in settings["rates"].items()}
     middle = sorted(rates["adamw"])[len(rates["adamw"]) // 2]
-
-    def trial(method: str, rate: float, other: float, warm_rate: float = 0.0) -> Run:
-        return Run(corpus, method, rank, rate, other, _TUNING_SEED + seed, tokens, "tuning", warm_rate)
-
+    trial = partial(_tuning_run, settings, seed, settings["tuning_tokens"])
     found = _searched({"other": settings["other_rates"]}, lambda _, rate: trial("adamw", middle, rate), settings)
     other = _lowest(found["other"])
     found |= _searched({"adamw": rates.pop("adamw")}, lambda method, rate: trial(method, rate, other), settings)
     warm = {"relora_warm": _lowest(found["adamw"])}
     found |= _searched(rates, lambda method, rate: trial(method, rate, other, warm.get(method, 0.0)), settings)
+    return _best(found), _as_curves(found)
+
+
+def _tuned_longer(
+    settings: dict[str, Any], rates: dict[str, float], seed: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The same for the longer runs, from the short ones' best rates; that of embeddings, head and norms stays."""
+    longer, other = settings["longer"], rates["other"]
+    trial = partial(_tuning_run, settings, seed, longer["tokens"])
+    grids = {method: [rates[method] / 2, rates[method], 2 * rates[method]] for method in longer["methods"]}
+    found = _searched(grids, lambda method, rate: trial(method, rate, other), settings)
+    return {"other": other, **_best(found)}, _as_curves(found)
+
+
+def _tuning_run(
+    settings: dict[str, Any], seed: int, tokens: int, method: str, rate: float, other: float, warm_rate: float = 0.0
+) -> Run:
+    corpus = settings["corpora"][0]
+    return Run(corpus, method, settings["rank"], rate, other, _TUNING_SEED + seed, tokens, "tuning", warm_rate)
+
+
+def _best(found: dict[str, dict[float, float]]) -> dict[str, float]:
     best = {name: _lowest(tried) for name, tried in found.items()}
     print("best rates:", best, flush=True)
-    return best, {name: {str(rate): tried[rate] for rate in sorted(tried)} for name, tried in found.items()}
+    return best
+
+
+def _as_curves(found: dict[str, dict[float, float]]) -> dict[str, dict[str, float]]:
+    return {name: {str(rate): tried[rate] for rate in sorted(tried)} for name, tried in found.items()}
 
 
 def _searched(
@@ -244,27 +295,32 @@ _CORPORA = {"wikitext2": "WikiText-2", "tinyshakespeare": "tiny Shakespeare"}
 
 
 def draw(record: dict[str, Any]) -> Figure:
-    """Loss against tokens for each corpus, and against the optimizer's bytes for the first."""
+    """Loss against tokens for each corpus and for the longer runs, and against the optimizer's bytes for the first corpus."""
     settings, curves, results = record["settings"], record["curves"], record["results"]
-    corpora = settings["corpora"]
+    titles = {corpus: f"{_CORPORA[corpus]}: loss against text" for corpus in settings["corpora"]}
+    if "longer" in settings:
+        titles["longer"] = f"{_CORPORA[settings['corpora'][0]]}, over more text"
     with figure_style():
-        figure = Figure(figsize=(3.7 * (len(corpora) + 1), 3.4))
-        panels = figure.subplots(1, len(corpora) + 1)
-        for axes, corpus in zip(panels, corpora, strict=False):
-            _against_tokens(axes, curves[corpus], settings)
-            axes.set_title(f"{_CORPORA[corpus]}: loss against text")
+        lines = len(titles) // 2 + 1  # of two panels
+        figure = Figure(figsize=(7.4, 2.8 * lines))
+        panels = [figure.add_subplot(lines, 2, place + 1) for place in range(len(titles) + 1)]
+        for axes, (name, title) in zip(panels, titles.items(), strict=False):
+            _against_tokens(axes, curves[name])
+            axes.set_title(title)
         panels[0].legend()
-        _against_bytes(panels[-1], results[corpora[0]], settings)
-        panels[-1].set_title(f"{_CORPORA[corpora[0]]}: loss against optimizer state")
+        first = settings["corpora"][0]
+        _against_bytes(panels[-1], results[first], settings)
+        panels[-1].set_title(f"{_CORPORA[first]}: loss against optimizer state")
         return figure
 
 
-def _against_tokens(axes: Axes, curves: dict[str, Any], settings: dict[str, Any]) -> None:
+def _against_tokens(axes: Axes, curves: dict[str, Any]) -> None:
     for method, (colour, label) in _LOOKS.items():
-        losses = np.array(curves[method]["losses"])[:, 1:]  # the start is the same for all, and far above
-        tokens = np.array(curves[method]["tokens"][1:]) / 1e6
-        axes.plot(tokens, losses.mean(axis=0), color=colour, label=label)
-        axes.vlines(tokens, losses.min(axis=0), losses.max(axis=0), color=colour, linewidth=1.2)
+        if method in curves:
+            losses = np.array(curves[method]["losses"])[:, 1:]  # the start is the same for all, and far above
+            tokens = np.array(curves[method]["tokens"][1:]) / 1e6
+            axes.plot(tokens, losses.mean(axis=0), color=colour, label=label)
+            axes.vlines(tokens, losses.min(axis=0), losses.max(axis=0), color=colour, linewidth=1.2)
     axes.set(xlabel="million bytes of text", ylabel="held-out loss, nats a byte")
 
 
