@@ -26,8 +26,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY) ## adapt a real model on 64 labelled pairs, Deep LoRA next to LoRA
 	$(PY) demo/run.py
 
-test: $(READY) ## the tests (under 10 minutes on two cores)
-	$(PY) -m pytest -m "not slow"
+# a file's tests stay in one process, which has made what they share; more threads than cores would only wait for each other
+WORKERS ?= 2
+test: $(READY) ## the tests (under 10 minutes on two cores); WORKERS= runs more or fewer of them side by side
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n $(WORKERS) --dist loadfile
 
 test-slow: $(READY) ## kill-and-resume, documentation and other long tests
 	$(PY) -m pytest -m slow
