@@ -43,7 +43,7 @@ def compare(
         str | None,
         typer.Option(
             help="Comma-separated: none (unadapted), lora, lora-plus, rslora, dora, pissa, adalora, vera, "
-            "lora-riemannian, lora-rite, relora, deep-lora, full-width, full; options after a colon.",
+            "lora-riemannian, lora-rite, relora, deep-lora, full-width, full, galore, adarankgrad; options after a colon.",
             rich_help_panel=_WHAT,
         ),
     ] = None,
