@@ -228,9 +228,7 @@ def test_modules_to_save_are_trained_and_saved(tmp_path: Path, modules: list[str
     assert torch.equal(PeftModel.from_pretrained(Mlp(), tmp_path)(x), model.eval()(x))
 
 
-@pytest.mark.parametrize(
-    ("bias", "trained"), [("none", set()), ("deeplora_only", {"lin0"}), ("all", {"lin0", "head"})], ids=str
-)
+@pytest.mark.parametrize(("bias", "trained"), [("none", set()), ("deeplora_only", {"lin0"}), ("all", {"lin0", "head"})])
 def test_trained_biases_are_saved_and_loaded(tmp_path: Path, bias: str, trained: set[str]) -> None:
     torch.manual_seed(0)
     model = adapted(Mlp(), target_modules=["lin0", "lin1"], bias=bias)
