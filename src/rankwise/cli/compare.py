@@ -65,7 +65,8 @@ def compare(
         typer.Option(help="Folder of the named tasks' data (else the variable RANKWISE_DATA).", rich_help_panel=_WHAT),
     ] = None,
     budget: Annotated[
-        int | None, typer.Option(help="Learning rates tried for each method and task (5).", rich_help_panel=_RULES)
+        int | None,
+        typer.Option(help="Learning rates tried for each method and task (5); may grow later.", rich_help_panel=_RULES),
     ] = None,
     fixed: Annotated[
         str | None,

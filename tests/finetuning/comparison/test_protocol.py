@@ -210,23 +210,33 @@ def test_settings_of_another_version_are_refused() -> None:
 def test_a_study_grows() -> None:
     old = rules(tasks=("rte",), methods=("none", "lora"), shots=(64,), seeds=2, precision="fp32", fixed=("lora",))
     new = rules(tasks=("stsb", "rte"), methods=("lora", "dora"), shots=(16,), seeds=5, fixed=("lora", "dora"))
-    grown = old.extended_by(new)
+    grown = old.extended_by(dataclasses.replace(new, budget=7))
     assert grown.tasks == ("rte", "stsb")
     assert grown.methods == ("none", "lora", "dora")
     assert grown.shots == (16, 64)
-    assert (grown.seeds, grown.fixed, grown.precision) == (5, ("lora", "dora"), "fp32")
+    assert (grown.seeds, grown.budget, grown.fixed, grown.precision) == (5, 7, ("lora", "dora"), "fp32")
+
+
+@given(
+    budget=st.integers(1, 9),
+    more=st.integers(0, 4),
+    method=st.sampled_from(["lora", "lora-plus", "lora-rite", "galore"]),
+)
+def test_a_larger_budget_keeps_every_rate(budget: int, more: int, method: str) -> None:
+    grids = [MethodSpec.parse(method).grid(n) for n in (budget, budget + more)]
+    assert set(grids[0]) <= set(grids[1])
 
 
 def test_a_study_never_shrinks() -> None:
     study = rules(shots=(16, 64), seeds=5)
-    fewer = dataclasses.replace(study, tasks=("rte",), methods=("lora",), shots=(16,), seeds=1)
+    fewer = dataclasses.replace(study, tasks=("rte",), methods=("lora",), shots=(16,), seeds=1, budget=1)
     assert study.extended_by(fewer) == study
     assert study.extended_by(study) == study
 
 
-GROWING = {"tasks", "methods", "shots", "seeds"}
+GROWING = {"tasks", "methods", "shots", "seeds", "budget"}
 OTHER = {
-    "model": "other", "budget": 3, "tune_shots": 8, "tune_seeds": 1, "split": "tuning", "eval_limit": 7,
+    "model": "other", "tune_shots": 8, "tune_seeds": 1, "split": "tuning", "eval_limit": 7,
     "tune_limit": 7, "head": "frozen", "head_start": "random", "head_lr": 0.5, "schedule": "constant", "steps": 9, "batch_size": 3, "r": 3, "max_length": 9,
     "precision": "bf16", "draw": "with-replacement", "max_eval_tokens": 9, "fixed": ("lora",),
 }  # fmt: skip

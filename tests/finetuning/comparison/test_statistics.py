@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rankwise.finetuning.comparison.statistics import (
+    at_chosen_rate,
     at_rank,
     best_baseline,
     cell_gain,
@@ -176,6 +177,38 @@ def test_runs_without_a_score_are_no_pairs(spoiled: dict[str, Any]) -> None:
 def test_of_repeated_rows_the_last_counts() -> None:
     rows = [row("deep-lora", 0.9), row("lora", 0.4), row("deep-lora", 0.5)]
     assert paired_differences(rows, "deep-lora", "lora")[0].differences == pytest.approx((0.1,))
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations([0, 1, 2])))
+def test_of_trials_at_several_rates_the_chosen_one_counts(order: tuple[int, ...]) -> None:
+    trials = [row("lora", score, lr=lr) for lr, score in ((1e-3, 0.9), (3e-3, 0.4), (1e-2, 0.8))]
+    rows = [*tuning("lora", {1e-3: [0.2], 3e-3: [0.7], 1e-2: [0.1]}), *(trials[i] for i in order)]
+    assert [r["score"] for r in at_chosen_rate(rows) if r["phase"] == "confirm"] == [0.4]
+    untuned = at_chosen_rate(rows[-3:])
+    assert [r["score"] for r in untuned] == [trials[order[-1]]["score"]]  # nothing was tuned: the last one made
+    summary = summarize(rows, ["lora"])
+    assert [(s["mean"], s["runs"]) for s in summary["scores"]] == [(0.4, 1)]
+    assert (summary["counts"]["repeated"], summary["learning_rates"][0]["used"]) == (1, [3e-3])
+
+
+def test_trials_at_an_older_rate_count_until_they_are_made_anew() -> None:
+    rows = [
+        *tuning("lora", {1e-3: [0.2], 3e-3: [0.7]}),
+        *runs("lora", {0: 0.5, 1: 0.6}, lr=1e-3),
+        row("lora", 0.4, lr=3e-3),
+    ]
+    assert [(r["lr"], r["score"]) for r in at_chosen_rate(rows) if r["phase"] == "confirm"] == [
+        (1e-3, 0.6),
+        (3e-3, 0.4),
+    ]
+
+
+def test_every_rank_has_its_own_chosen_rate() -> None:
+    rows = []
+    for r, best in ((4, 1e-3), (8, 3e-3)):
+        rows += tuning("lora", {lr: [float(lr == best)] for lr in (1e-3, 3e-3)}, r=r)
+        rows += [row("lora", lr, lr=lr, r=r) for lr in (3e-3, 1e-3)]
+    assert [(r["r"], r["lr"]) for r in at_chosen_rate(rows) if r["phase"] == "confirm"] == [(4, 1e-3), (8, 3e-3)]
 
 
 def test_pooled_weighs_cells_alike() -> None:

@@ -217,6 +217,26 @@ def test_more_methods_seeds_labels_and_tasks_redo_nothing(
     )  # fmt: skip
 
 
+def test_a_larger_budget_tries_more_rates_and_makes_the_trials_anew(
+    tiny: SimpleNamespace, tmp_path: Path, done: list[RunSpec]
+) -> None:
+    rules = study(tiny, tmp_path / "s", budget=1)
+    compare(rules)
+    compare(dataclasses.replace(rules, budget=2))
+    compare(dataclasses.replace(rules, budget=5))
+    assert len({run.key for run in done}) == len(done)  # nothing was done twice
+    tried = {run.lr: invented(rules, run)["score"] for run in done if run.phase == "tune"}
+    assert sorted(tried) == list(dataclasses.replace(rules, budget=5).grid("lora"))
+    summary = summarize_study(tmp_path / "s")
+    (chosen,) = [entry for entry in summary["learning_rates"] if entry["method"] == "lora"]
+    assert (chosen["lr"], chosen["used"]) == (max(tried, key=lambda lr: tried[lr]), [chosen["lr"]])
+    assert summary["counts"]["missing"] == 0
+    done.clear()
+    compare(rules)  # fewer rates: the study stays as it is
+    assert not done
+    assert summarize_study(tmp_path / "s") == summary
+
+
 def test_other_rules_are_refused_and_nothing_changes(
     tiny: SimpleNamespace, tmp_path: Path, done: list[RunSpec]
 ) -> None:

@@ -78,7 +78,9 @@ def test_the_terminal_table_has_every_method() -> None:
     text = "\n".join(summary_lines(summarize(small_study(), METHODS)))
     for name in ("Deep LoRA", "LoRA+", "unadapted model", "best baseline, by tuning", "9/0/3"):
         assert name in text
-    assert "Learning rate at the edge of its grid: LoRA+ on rte and stsb." in text
+    assert (
+        "Learning rate at the edge of its grid: LoRA+ on rte and stsb.\nThe same command with a larger --budget" in text
+    )
     assert max(len(line) for line in text.splitlines()[2:]) < 100
 
 

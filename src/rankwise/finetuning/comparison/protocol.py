@@ -25,7 +25,7 @@ _SHARED = (  # settings that every run of a study has in common, whatever its me
     "model", "data", "out", "task", "method", "shots", "seed", "steps", "batch_size", "max_length", "precision",
     "save_every", "eval_data", "eval_limit", "text", "text_pair", "label",
 )  # fmt: skip
-_GROWING = ("tasks", "methods", "shots", "seeds")  # a study may be extended by these, and by nothing else
+_GROWING = ("tasks", "methods", "shots", "seeds", "budget")  # a study may be extended by these, and by nothing else
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,10 @@ class StudySettings:
             raise UserError(f"the study's settings are incomplete ({error}); start it again in a new folder") from None
 
     def extended_by(self, wanted: "StudySettings") -> "StudySettings":
-        """This study with the other's tasks, methods, labels and trials added.
+        """This study with the other's tasks, methods, labels, trials and learning rates added.
+
+        A larger grid holds every rate of a smaller one (:func:`rankwise.finetuning.methods.learning_rate_grid`), so the
+        tuning runs there are stay good.
 
         Raises:
             UserError: the two differ in a rule, so their runs cannot stand in one table.
@@ -271,6 +274,7 @@ class StudySettings:
             methods=_union(self.methods, wanted.methods),
             shots=tuple(sorted({*self.shots, *wanted.shots})),
             seeds=max(self.seeds, wanted.seeds),
+            budget=max(self.budget, wanted.budget),
             fixed=_union(self.fixed, wanted.fixed),
             data_root=wanted.data_root,
         )

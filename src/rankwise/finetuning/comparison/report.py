@@ -371,7 +371,7 @@ def _learning_rates(summary: dict[str, Any]) -> str:
     head = ["method, task", "chosen", "used", "remark", "mean score on the tuning split (– where a run failed)"]
     note = (
         "Chosen by the mean score on the tuning split; a rate with a failed run is out. (edge): the best rate ends the "
-        "grid, a better one may lie beyond. (fixed): not tuned."
+        "grid, a better one may lie beyond; the same command with a larger --budget looks there. (fixed): not tuned."
     )
     grids = page.folded("Every rate tried", page.table(head, details, of_words=True))
     return page.section("Learning rates", page.table(["method", *tasks], overview) + grids, note)
@@ -449,7 +449,10 @@ def _rows_so_far(summary: dict[str, Any], rows: Sequence[Row]) -> str:
             ["failed", f"{counts['failed']:,}"],
             ["without a score", f"{counts['undefined']:,}"],
             ["still missing (another method has that task, labels and seed)", f"{counts['missing']:,}"],
-            ["made more than once, at several learning rates (the last counts)", f"{counts['repeated']:,}"],
+            [
+                "made more than once, at several learning rates (the one at the chosen rate counts)",
+                f"{counts['repeated']:,}",
+            ],
             ["compared at r", _DASH if summary["r"] is None else str(summary["r"])],
             ["lines read, repetitions included", f"{len(rows):,}"],
         ],

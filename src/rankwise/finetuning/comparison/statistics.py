@@ -168,6 +168,29 @@ def at_rank(rows: Iterable[Row], r: int | None = None) -> list[Row]:
     return [row for row in rows if row.get("r") in (None, kept[row.get("phase"), row.get("method")])]
 
 
+def at_chosen_rate(rows: Iterable[Row]) -> list[Row]:
+    """The rows with one confirmation run for each method, setting, seed and ``r``.
+
+    A study whose grid has grown may have some at a rate that was the best of fewer. The one at the rate that is chosen
+    now counts, else the last one made.
+    """
+    rows = latest(rows)
+    rates = {
+        (task, method, r): chosen_learning_rate((row for row in rows if row.get("r") == r), task, method).lr
+        for task, method, r in {(row["task"], row["method"], row.get("r")) for row in rows}
+    }
+    counting: dict[tuple[Any, ...], Row] = {}
+    for row in rows:
+        if row.get("phase") != "confirm":
+            continue
+        key = tuple(row.get(name) for name in ("task", "method", "shots", "seed", "r"))
+        chosen = rates[row["task"], row["method"], row.get("r")]
+        if key not in counting or chosen is None or counting[key].get("lr") != chosen:
+            counting[key] = row
+    which = {id(row) for row in counting.values()}
+    return [row for row in rows if row.get("phase") != "confirm" or id(row) in which]
+
+
 def confirmed_scores(rows: Iterable[Row], method: str) -> dict[Cell, dict[int, float]]:
     """Scores of the confirmation runs of ``method``: cell → seed → score, both sorted."""
     found: dict[Cell, dict[int, float]] = {}

@@ -7,6 +7,7 @@ from typing import Any
 from rankwise.finetuning.comparison.statistics import (
     UNADAPTED,
     Row,
+    at_chosen_rate,
     at_rank,
     best_baseline,
     chosen_learning_rate,
@@ -41,7 +42,8 @@ def summarize(
     """Everything that a study says, as one JSON-able dict.
 
     Args:
-        rows: the rows so far; missing, failed and repeated ones are fine (of several with one key the last counts).
+        rows: the rows so far; missing, failed and repeated ones are fine (of several with one key the last counts, of
+            trials at several learning rates the one at the rate chosen).
         methods: the methods of the study, in the order to show them.
         baselines: those of them that ``target`` has to beat; ones that are no method of the study are left out.
         target: the method in question.
@@ -55,7 +57,8 @@ def summarize(
         ``score_against_rank``, ``learning_rates``, ``best_baseline``, ``counts``, ``failures``, and ``headline``, the
         outcome in words.
     """
-    everything = latest(rows)
+    made = latest(rows)
+    everything = at_chosen_rate(made)
     methods = list(dict.fromkeys(methods))
     r = main_rank(everything) if r is None else r
     kept = at_rank(everything, r)
@@ -82,7 +85,7 @@ def summarize(
         "tasks": tasks,
         "shots": sorted({row["shots"] for row in kept if row.get("phase") == "confirm"}),
         "metrics": {task: _metric(everything, task) for task in tasks},
-        "counts": _counts(everything, kept, methods),
+        "counts": _counts(made, at_rank(made, r), methods),
         "failures": [_failure(row) for row in everything if score_of(row) is None],
         "learning_rates": [_learning_rate(kept, task, method) for task in tasks for method in methods],
         "best_baseline": {task: best_baseline(kept, task, candidates) for task in tasks},
@@ -278,6 +281,7 @@ def summary_lines(summary: dict[str, Any]) -> list[str]:
     if edges:
         named = "; ".join(f"{method} on {_listed(tasks, 'and')}" for method, tasks in edges.items())
         lines.append(f"Learning rate at the edge of its grid: {named}.")
+        lines.append("The same command with a larger --budget tries rates beyond.")
     return lines
 
 
