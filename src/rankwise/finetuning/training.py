@@ -214,7 +214,8 @@ def require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, settings:
         )
     if not all(bool(torch.isfinite(p).all()) for p in model.parameters() if p.requires_grad):
         raise UserError(
-            f"training diverged: the adapter holds NaN or infinite numbers; lower --lr (it was {settings.learning_rate:g})"
+            "training diverged: the trained weights hold NaN or infinite numbers; lower --lr "
+            f"(it was {settings.learning_rate:g})"
         )
 
 
