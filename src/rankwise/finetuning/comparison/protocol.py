@@ -241,7 +241,7 @@ class StudySettings:
         """This study with the other's tasks, methods, labels, trials and learning rates added.
 
         A larger grid holds every rate of a smaller one (:func:`rankwise.finetuning.methods.learning_rate_grid`), so the
-        tuning runs there are stay good.
+        tuning runs made so far stay good.
 
         Raises:
             UserError: the two differ in a rule, so their runs cannot stand in one table.
