@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from rankwise.finetuning.comparison.statistics import method_label
+from rankwise.finetuning.comparison.rows import (
+    method_label,
+)
 from rankwise.finetuning.comparison.summary import headline, main_comparison, summarize, summary_lines
 from tests.finetuning.comparison.study_rows import METHODS, runs, small_study
 

@@ -8,7 +8,11 @@ from typing import TYPE_CHECKING, Any
 from rankwise.diagnostics import page
 from rankwise.errors import UserError
 from rankwise.files import write_text
-from rankwise.finetuning.comparison.statistics import UNADAPTED, Row, method_label
+from rankwise.finetuning.comparison.rows import (
+    UNADAPTED,
+    Row,
+    method_label,
+)
 from rankwise.finetuning.comparison.summary import find_comparison, interval_text, main_comparison, short_label
 
 if TYPE_CHECKING:

@@ -19,7 +19,9 @@ from rankwise.files import write_json
 from rankwise.finetuning.comparison.progress import counting
 from rankwise.finetuning.comparison.protocol import RunSpec, StudySettings, confirm_runs, tuning_runs, units
 from rankwise.finetuning.comparison.report import write_comparison_report
-from rankwise.finetuning.comparison.statistics import chosen_learning_rate
+from rankwise.finetuning.comparison.rows import (
+    chosen_learning_rate,
+)
 from rankwise.finetuning.comparison.summary import summarize, summary_lines
 from rankwise.finetuning.comparison.trial import forget_tables, load_task, run_trial, split_rows, training_rows
 from rankwise.finetuning.run_folder import FORMAT_VERSION, PACKAGES

@@ -4,25 +4,27 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rankwise.finetuning.comparison.statistics import (
+from rankwise.finetuning.comparison.rows import (
     UNADAPTED,
     Row,
     at_chosen_rate,
     at_rank,
-    best_baseline,
     chosen_learning_rate,
-    compare,
-    harm,
     latest,
     main_rank,
-    mean_scores,
     method_label,
+    score_of,
+    successful,
+)
+from rankwise.finetuning.comparison.statistics import (
+    best_baseline,
+    compare,
+    harm,
+    mean_scores,
     rank_histogram,
     resources,
     score_against_rank,
-    score_of,
     strict_baselines,
-    successful,
     tuned_baselines,
 )
 
