@@ -15,7 +15,7 @@ Compare ways of adapting a model: the same labelled rows for every method, learn
   rankwise compare --model ./all-MiniLM-L6-v2 --task pairs.csv --methods none,lora,deep-lora --shots 16,64 --out runs/study
 
 Every run is kept as one line of rows.jsonl; Ctrl-C or a crash loses the run in progress, and the same command goes on.
-Asking for more tasks, methods, labels or seeds extends a study. Methods may carry options: deep-lora:paper,
+Asking for more tasks, methods, labels, seeds or learning rates extends a study. Methods may carry options: deep-lora:paper,
 deep-lora:spectral+inner_depth=1, lora:r=16.
 """
 
